@@ -1,0 +1,302 @@
+"""A Hugging Face causal language model opened for streaming: one decoder block in memory."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from bitmosaic.model.experts import linears, normalise
+from bitmosaic.model.tensor_files import TensorFiles
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_DIGEST_CHUNK = 1 << 22
+
+
+@dataclass
+class Recipe:
+    """How one model tensor, or several that one converter yields, come from checkpoint tensors."""
+
+    target: str
+    converter: WeightConverter | None
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint name, pattern)
+
+
+class Source:
+    """A checkpoint directory (or hub id) of a causal language model; holds no weights.
+
+    Everything that can be wrong with the directory is found here, before any work: not a model,
+    another kind of model, missing, truncated or corrupted files, missing tensors, wrong shapes.
+    Weights are read block by block on request, and are checked to be finite as they are read.
+    """
+
+    def __init__(self, path_or_id: str | Path) -> None:
+        self.path = _resolve(path_or_id)
+        self.config = _read_config(self.path)
+        self.files = TensorFiles(self.path)
+        self.skeleton = _build_skeleton(self.config, self.path)
+        self.block_names = _find_blocks(self.skeleton, self.path)
+        recipes = _plan(self.skeleton, self.files)
+        self._tied_away = _check_complete(self.skeleton, recipes, self.files, self.path)
+        self._block_recipes, self._rest_recipes = _split(recipes, self.block_names)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 over name, size and content of config.json and of every tensor file."""
+        digest = hashlib.sha256()
+        for path in (self.path / "config.json", *self.files.paths):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_DIGEST_CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    @cached_property
+    def _linear_shapes(self) -> dict[str, tuple[int, int]]:
+        shapes: dict[str, tuple[int, int]] = {}
+        for index, prefix in enumerate(self.block_names):
+            block = self._copy_block(index)
+            normalise(block)
+            for name, linear in linears(block).items():
+                shapes[f"{prefix}.{name}"] = (linear.out_features, linear.in_features)
+        return shapes
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return every quantizable matrix by dotted path as (out, in), without reading weights."""
+        return dict(self._linear_shapes)
+
+    def load_block(self, index: int, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+        """Return one decoder block with its weights, normalised to `nn.Linear`, in eval mode.
+
+        `dtype` None keeps the types of the file.  Only the tensors of this block are read.
+        """
+        block = self._copy_block(index)
+        prefix = f"{self.block_names[index]}."
+        for name, tensor in self._convert(self._block_recipes[index], dtype):
+            _set_tensor(block, name.removeprefix(prefix), tensor)
+        normalise(block)
+        return block.requires_grad_(False).eval()
+
+    def load_rest(self, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+        """Return the model with all weights outside the blocks; the blocks stay on meta.
+
+        Tied weights are one parameter.  The module is a fresh copy, the caller's to change.
+        """
+        model = copy.deepcopy(self.skeleton)
+        for name, tensor in self._convert(self._rest_recipes, dtype):
+            _set_tensor(model, name, tensor)
+        model.tie_weights(missing_keys=set(self._tied_away), recompute_mapping=False)
+        return model.requires_grad_(False).eval()
+
+    def rest_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor as in the file) for all outside the blocks, tied ones once."""
+        for recipe in self._rest_recipes:
+            for name, tensor in self._convert([recipe], None):
+                if not self._is_tied_duplicate(name):
+                    yield name, tensor
+
+    def block_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name in the model, tensor as in the file) of one block, after normalisation."""
+        block = self.load_block(index, None)
+        for name, tensor in block.state_dict().items():
+            yield f"{self.block_names[index]}.{name}", tensor
+
+    def _is_tied_duplicate(self, name: str) -> bool:
+        """A tied tensor that is stored beside its equal; a differing one is not tied at all."""
+        tied_to = self._tied.get(name)
+        return tied_to is not None and tied_to not in self._tied_away
+
+    @cached_property
+    def _tied(self) -> dict[str, str]:
+        """Tied name -> the name that it shares its tensor with, as loading really ties them."""
+        stored = {recipe.target for recipe in self._rest_recipes}
+        pairs = {
+            name: origin
+            for name, origin in self.skeleton.all_tied_weights_keys.items()
+            if name in stored and origin in stored
+        }
+        if not pairs:
+            return {}
+        rest = self.load_rest(None)
+        return {
+            name: origin
+            for name, origin in pairs.items()
+            if rest.get_parameter(name) is rest.get_parameter(origin)
+        }
+
+    def _copy_block(self, index: int) -> nn.Module:
+        block = self.skeleton.get_submodule(self.block_names[index])
+        # The configuration is shared, not copied: it holds the choice of attention function.
+        shared = {id(module.config): module.config for module in block.modules() if _has_config(module)}
+        return copy.deepcopy(block, shared)
+
+    def _convert(
+        self, recipes: list[Recipe], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        for recipe in recipes:
+            if recipe.converter is None:
+                yield recipe.target, self.files.read(recipe.sources[0][0], dtype)
+                continue
+            converter = copy.deepcopy(recipe.converter)
+            for name, pattern in recipe.sources:
+                tensor = self.files.read(name, dtype)
+                converter.add_tensor(recipe.target, name, pattern, tensor)
+            del tensor  # the converter frees its parts as it merges them
+            converted = converter.convert(recipe.target, model=self.skeleton, config=self.config)
+            for target, value in converted.items():
+                yield target, value[0] if isinstance(value, list) else value
+
+
+def _resolve(path_or_id: str | Path) -> Path:
+    """Return a local directory, fetching a hub id into the hub's own cache."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path}: a model must be a directory, not a file. Give its directory.")
+    if not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(path_or_id):
+        raise FileNotFoundError(
+            f"{path}: the model directory must exist, but it does not. Check the path."
+        )
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors
+        raise FileNotFoundError(
+            f"{path_or_id}: a model must be a local directory or a hub id that can be downloaded, "
+            f"but it is neither ({type(error).__name__}). Check the spelling and the network."
+        ) from error
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: a model directory must hold config.json, but there is none. "
+            "Give the directory that save_pretrained wrote."
+        )
+    try:
+        facts = json.loads(file.read_bytes())
+        kind = facts.get("model_type")
+        quantized = facts.get("quantization_config") or (facts.get("text_config") or {}).get(
+            "quantization_config"
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: the configuration must be a JSON object, but it is corrupted. "
+            "Download or save the model again."
+        ) from error
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method")
+        raise ValueError(
+            f"{path}: the model must be unquantized, but it is already quantized by {method}. "
+            "Give the original checkpoint."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{file}: model_type must be one that the installed transformers knows, not {kind!r}. "
+            "Install a newer transformers, or convert the model to a native architecture."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise _not_causal(path, facts.get("architectures") or [kind])
+    return config
+
+
+def _not_causal(path: Path, found: object) -> ValueError:
+    return ValueError(
+        f"{path}: the architecture must be a causal language model, not {found}. "
+        "Give a checkpoint that AutoModelForCausalLM can load."
+    )
+
+
+def _build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
+    """Build the model without memory for parameters.
+
+    Buffers are real: those that are not stored (rotary frequencies, masks) come from the
+    constructor and nowhere else.
+    """
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False), no_init_weights(), _plain_default_dtype():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    base = getattr(model, model.base_model_prefix, model)
+    known = {type(model).__name__, type(base).__name__}
+    stated = getattr(config, "architectures", None)
+    if stated and not known & set(stated):
+        raise _not_causal(path, stated)
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _plain_default_dtype() -> Iterator[None]:
+    """Buffers made by constructors must not depend on what the caller set as default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _find_blocks(model: nn.Module, path: Path) -> tuple[str, ...]:
+    """Return the paths of the decoder blocks: the list of modules that holds most weights."""
+    best, most = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            count = sum(parameter.numel() for parameter in module.parameters())
+            if count > most:  # an outer list is visited first and holds no less than an inner one
+                best, most = name, count
+    if not best:
+        raise ValueError(
+            f"{path}: the model must have a list of decoder blocks, but {type(model).__name__} "
+            "has none. Such an architecture cannot be streamed."
+        )
+    return tuple(f"{best}.{index}" for index in range(len(model.get_submodule(best))))
+
+
+def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:
+    """Map checkpoint names to model names as transformers' own loader does, without reading."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    recipes: dict[str, Recipe] = {}
+    for name in sorted(files.entries, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if target not in expected and name in expected:
+            target, pattern = name, None
+        if target not in expected:
+            logger.warning("Tensor %s of the checkpoint has no place in the model", name)
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        recipe = recipes.setdefault(target, Recipe(target, converter))
+        recipe.sources.append((name, pattern or name))
+    return list(recipes.values())

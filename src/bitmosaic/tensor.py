@@ -1,0 +1,342 @@
+"""`QuantizedTensor`: the canonical packed weight that the compress side writes and the run side reads.
+
+`dequantize()` is its meaning and `nbytes` its price.  Arrays are kept as raw bytes, exactly as the
+file holds them (docs/format-spec.md), so that casting a model to another dtype cannot touch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from bitmosaic import formats
+from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
+from bitmosaic.formats.base import packed_bytes
+from bitmosaic.tiling import Section, grid_shape, pack_planes, sections, unpack_planes
+
+ARRAYS = (
+    "codes",
+    "scales",
+    "zero_points",
+    "grids",
+    "tile_map",
+    "tensor_scales",
+    "in_permutation",
+    "out_permutation",
+    "outlier_values",
+    "outlier_columns",
+    "outlier_counts",
+)
+"""Names of the stored arrays; an empty array is not stored."""
+
+OUTLIER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Quantizer = Callable[[Section, Tensor, Tensor | None], tuple[Tensor, Parameters]]
+"""(section, tiles [tiles, rows, columns], importance or None) -> (codes, parameters), grouped."""
+
+
+def _no_bytes() -> Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass
+class QuantizedTensor:
+    """A weight [out, in] whose tiles each have their own format.
+
+    Attributes:
+        shape: (out, in) of the weight.
+        tile: (rows, columns) of a full tile.
+        formats: the formats in use; the tile map holds indices into it.
+        outlier_format: key of OUTLIER_DTYPES for the outlier values.
+        codes: bit-planes of all tiles, section by section.
+        scales: group scales, section by section, each in its format's scale type.
+        zero_points: bit-planes of the integer zero points, section by section.
+        grids: learned grids, section by section.
+        tile_map: bit-planes of the format index of each tile, raster order; empty for one format.
+        tensor_scales: one float32 a format.
+        in_permutation: new position -> old in_channel, uint16 or int32; None when in order.
+        out_permutation: new position -> old out_channel; None when in order.
+        outlier_values: full-precision entries that replace the decoded ones, row by row.
+        outlier_columns: their in_channels in original order, ascending in a row.
+        outlier_counts: how many of them each out_channel has, uint16 or int32.
+    """
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    formats: tuple[Format, ...]
+    outlier_format: str = "fp16"
+    codes: Tensor = field(default_factory=_no_bytes)
+    scales: Tensor = field(default_factory=_no_bytes)
+    zero_points: Tensor = field(default_factory=_no_bytes)
+    grids: Tensor = field(default_factory=_no_bytes)
+    tile_map: Tensor = field(default_factory=_no_bytes)
+    tensor_scales: Tensor = field(default_factory=_no_bytes)
+    in_permutation: Tensor | None = None
+    out_permutation: Tensor | None = None
+    outlier_values: Tensor | None = None
+    outlier_columns: Tensor | None = None
+    outlier_counts: Tensor | None = None
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays a file stores, by name; empty ones are left out."""
+        named = ((name, getattr(self, name)) for name in ARRAYS)
+        return {name: array for name, array in named if array is not None and array.numel()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored arrays: codes, scales, zero points, maps, permutations, outliers."""
+        return sum(array.numel() * array.itemsize for array in self.arrays().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored, per weight."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays live."""
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """Copy all arrays to a device."""
+        moved = {
+            name: array.to(device)
+            for name in ARRAYS
+            if (array := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+    def tile_formats(self) -> UInt8[Tensor, "tiles_out tiles_in"]:
+        """Format index of each tile."""
+        tall, wide = grid_shape(self.shape, self.tile)
+        bits = map_bits(len(self.formats))
+        if bits == 0:
+            return torch.zeros((tall, wide), dtype=torch.uint8)
+        planes = self.tile_map.cpu().view(1, bits, -1)
+        return unpack_planes(planes, tall * wide).view(tall, wide)
+
+    def sections(self) -> Iterator[tuple[Section, Tensor, Parameters]]:
+        """Unpack section by section: (section, codes, parameters), codes and groups as `Format` has them."""
+        reader = _Reader(self)
+        for section in sections(self.shape, self.tile, self.formats, self.tile_formats()):
+            yield (section, *reader.next(section))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """Decode to the weight in its original order of rows and columns."""
+        scales = self.tensor_scales.view(torch.float32).tolist()
+        weight = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
+        for section, codes, parameters in self.sections():
+            if section.format.bits == 0:
+                continue
+            value = section.format.decode(codes, parameters)
+            section.scatter(weight, section.ungroup(value) * scales[section.format_index])
+        if self.in_permutation is not None:
+            weight = weight[:, invert(self.in_permutation.long())]
+        if self.out_permutation is not None:
+            weight = weight[invert(self.out_permutation.long())]
+        if self.outlier_values is not None:
+            rows, columns = self.outlier_positions()
+            weight[rows, columns] = self.outlier_values.to(torch.float32)
+        return weight.to(dtype)
+
+    def outlier_positions(self) -> tuple[Int[Tensor, " outliers"], Int[Tensor, " outliers"]]:
+        """Rows and columns of the outliers in original order."""
+        assert self.outlier_counts is not None
+        assert self.outlier_columns is not None
+        counts = self.outlier_counts.long()
+        rows = torch.repeat_interleave(torch.arange(self.shape[0], device=self.device), counts)
+        return rows, self.outlier_columns.long()
+
+
+def map_bits(count: int) -> int:
+    """Bits of a tile map entry among `count` formats."""
+    return max(0, count - 1).bit_length()
+
+
+def invert(permutation: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Invert a permutation."""
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
+    return inverse
+
+
+def store_indices(indices: Int[Tensor, " n"], limit: int) -> Tensor:
+    """Narrow indices below `limit` to uint16 where they fit, else int32."""
+    return indices.to(torch.uint16 if limit <= 1 << 16 else torch.int32)
+
+
+def predict_bytes(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    used: tuple[Format, ...],
+    tile_map: UInt8[Tensor, "tiles_out tiles_in"],
+    *,
+    in_permutation: bool = False,
+    out_permutation: bool = False,
+) -> int:
+    """Price a tensor before it exists; equals `nbytes` of what `pack` makes (without outliers)."""
+    total = 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
+    total += permutation_bytes(shape[1]) * in_permutation
+    total += permutation_bytes(shape[0]) * out_permutation
+    for section in sections(shape, tile, used, tile_map):
+        total += section.count * section.format.tile_bytes(section.rows, section.columns)
+    return total
+
+
+def permutation_bytes(length: int) -> int:
+    """Bytes of a stored permutation."""
+    return length * (2 if length <= 1 << 16 else 4)
+
+
+def pack(
+    weight: Float[Tensor, "out in"],
+    tile: tuple[int, int],
+    tile_map: UInt8[Tensor, "tiles_out tiles_in"],
+    names: tuple[str, ...],
+    quantize: Quantizer,
+    *,
+    importance: Float[Tensor, "out in"] | None = None,
+    in_permutation: Int[Tensor, " in"] | None = None,
+    out_permutation: Int[Tensor, " out"] | None = None,
+    outliers: UInt8[Tensor, "out in"] | None = None,
+    outlier_format: str = "fp16",
+) -> QuantizedTensor:
+    """Quantize a weight tile by tile with `quantize` and pack the result.
+
+    `weight` (and `importance`) are in original order; permutations are applied here.  Formats that
+    no tile uses are dropped.  `outliers` marks entries that are kept as they are.
+    """
+    used, tile_map = drop_unused(names, tile_map)
+    chosen = tuple(formats.get(name) for name in used)
+    shape = (weight.shape[0], weight.shape[1])
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    scales = [fmt.tensor_scale(largest) for fmt in chosen]
+    ordered = permute(weight, out_permutation, in_permutation)
+    weights = None if importance is None else permute(importance, out_permutation, in_permutation)
+    writer = _Writer()
+    for section in sections(shape, tile, chosen, tile_map):
+        for part in section.chunks():
+            tiles = part.gather(ordered).to(torch.float32)
+            if scales[part.format_index] != 1.0:
+                tiles = tiles / scales[part.format_index]
+            codes, parameters = quantize(
+                part, tiles, None if weights is None else part.gather(weights)
+            )
+            writer.add(part, codes, parameters)
+    tensor = QuantizedTensor(
+        shape=shape,
+        tile=tile,
+        formats=chosen,
+        outlier_format=outlier_format,
+        **writer.arrays(),
+        tile_map=pack_planes(tile_map.reshape(1, -1), map_bits(len(chosen))).flatten(),
+        tensor_scales=torch.tensor(scales, dtype=torch.float32).view(torch.uint8),
+        in_permutation=None if in_permutation is None else store_indices(in_permutation, shape[1]),
+        out_permutation=None
+        if out_permutation is None
+        else store_indices(out_permutation, shape[0]),
+    )
+    return tensor if outliers is None else _with_outliers(tensor, weight, outliers.bool())
+
+
+def permute(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Reorder rows and columns of a matrix; None leaves a side as it is."""
+    if rows is not None:
+        matrix = matrix[rows]
+    return matrix if columns is None else matrix[:, columns]
+
+
+def drop_unused(
+    names: tuple[str, ...], tile_map: UInt8[Tensor, "tiles_out tiles_in"]
+) -> tuple[tuple[str, ...], Tensor]:
+    """Keep the formats that occur in the map, in order, and renumber the map."""
+    present = sorted(int(index) for index in tile_map.unique())
+    renumber = torch.zeros(len(names), dtype=torch.uint8)
+    renumber[torch.tensor(present)] = torch.arange(len(present), dtype=torch.uint8)
+    return tuple(names[index] for index in present), renumber[tile_map.long()]
+
+
+def _with_outliers(tensor: QuantizedTensor, weight: Tensor, mask: Tensor) -> QuantizedTensor:
+    _, columns = mask.nonzero(as_tuple=True)
+    counts = mask.sum(dim=1)
+    return replace(
+        tensor,
+        outlier_values=weight[mask].to(OUTLIER_DTYPES[tensor.outlier_format]),
+        outlier_columns=store_indices(columns, tensor.shape[1]),
+        outlier_counts=store_indices(counts, tensor.shape[1] + 1),
+    )
+
+
+class _Writer:
+    """Collects the packed bytes of sections in canonical order."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {
+            name: [] for name in ("codes", "scales", "zero_points", "grids")
+        }
+
+    def add(self, section: Section, codes: Tensor, parameters: Parameters) -> None:
+        fmt = section.format
+        flat = section.ungroup(codes).flatten(1)
+        self._parts["codes"].append(pack_planes(flat, fmt.bits).flatten())
+        if fmt.scale_format is not None:
+            assert parameters.scale is not None
+            stored = parameters.scale.to(SCALE_DTYPES[fmt.scale_format])
+            self._parts["scales"].append(stored.contiguous().view(torch.uint8).flatten())
+        if fmt.stores_zero_point:
+            assert parameters.zero_point is not None
+            points = parameters.zero_point.flatten(1).to(fmt.code_dtype)
+            self._parts["zero_points"].append(pack_planes(points, fmt.bits).flatten())
+        if fmt.learned_grid is not None:
+            assert parameters.grid is not None
+            stored = parameters.grid.to(SCALE_DTYPES[fmt.learned_grid])
+            self._parts["grids"].append(stored.contiguous().view(torch.uint8).flatten())
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {
+            name: torch.cat(parts) if parts else _no_bytes()
+            for name, parts in self._parts.items()
+        }
+
+
+class _Reader:
+    """Walks the packed bytes of a tensor section by section."""
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        self._tensor = tensor
+        self._offsets = dict.fromkeys(("codes", "scales", "zero_points", "grids"), 0)
+
+    def next(self, section: Section) -> tuple[Tensor, Parameters]:
+        fmt, count = section.format, section.count
+        weights, groups = section.rows * section.columns, section.rows * section.groups
+        planes = self._take("codes", count * fmt.bits * packed_bytes(weights))
+        flat = unpack_planes(planes.view(count, fmt.bits, packed_bytes(weights)), weights)
+        codes = section.group(flat.view(count, section.rows, section.columns))
+        scale = zero_point = grid = None
+        if fmt.scale_format is not None:
+            scale = self._floats("scales", fmt.scale_format, count * groups)
+            scale = scale.view(count, section.rows, section.groups)
+        if fmt.stores_zero_point:
+            packed = self._take("zero_points", count * fmt.bits * packed_bytes(groups))
+            points = unpack_planes(packed.view(count, fmt.bits, packed_bytes(groups)), groups)
+            zero_point = points.to(torch.float32).view(count, section.rows, section.groups)
+        if fmt.learned_grid is not None:
+            grid = self._floats("grids", fmt.learned_grid, count * 2**fmt.bits)
+            grid = grid.view(count, 2**fmt.bits)
+        return codes, Parameters(scale, zero_point, grid)
+
+    def _take(self, name: str, size: int) -> Tensor:
+        start = self._offsets[name]
+        self._offsets[name] = start + size
+        part = getattr(self._tensor, name)[start : start + size]
+        assert part.numel() == size, f"{name} is shorter than its tile map says"
+        return part
+
+    def _floats(self, name: str, scale_format: str, count: int) -> Tensor:
+        dtype = SCALE_DTYPES[scale_format]
+        # A copy aligns the bytes: sections of other types may leave an odd offset.
+        return self._take(name, count * dtype.itemsize).clone().view(dtype).to(torch.float32)
