@@ -286,7 +286,7 @@ class _Writer:
         if fmt.scale_format is not None:
             assert parameters.scale is not None
             stored = parameters.scale.to(SCALE_DTYPES[fmt.scale_format])
-            self._parts["scales"].append(stored.contiguous().view(torch.uint8).flatten())
+            self._parts["scales"].append(stored.flatten().view(torch.uint8))
         if fmt.stores_zero_point:
             assert parameters.zero_point is not None
             points = parameters.zero_point.flatten(1).to(fmt.code_dtype)
@@ -294,7 +294,7 @@ class _Writer:
         if fmt.learned_grid is not None:
             assert parameters.grid is not None
             stored = parameters.grid.to(SCALE_DTYPES[fmt.learned_grid])
-            self._parts["grids"].append(stored.contiguous().view(torch.uint8).flatten())
+            self._parts["grids"].append(stored.flatten().view(torch.uint8))
 
     def arrays(self) -> dict[str, Tensor]:
         return {

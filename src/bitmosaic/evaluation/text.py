@@ -130,20 +130,21 @@ def token_windows(
 def document_sequences(
     tokenizer: Tokenizer,
     documents: Sequence[str],
-    length: int,
+    seqlen: int,
     *,
     limit: int | None = None,
     name: str = "the text",
 ) -> list[Tensor]:
-    """Return one sequence for each document: BOS and its first `length` tokens.
+    """Return one sequence for each document: BOS and its first `seqlen − 1` tokens.
 
-    Every token of the document that is kept is predicted, the first one from BOS alone.
+    Every token of the document that is kept is predicted, the first one from BOS alone. `limit` is
+    the number of documents to keep.
     """
-    _check_length("length", length)
+    _check_length("seqlen", seqlen)
     bos = _bos(tokenizer)
     sequences = []
     for document in documents[:limit]:
-        tokens = _encode(tokenizer, document, special=False)[:length]
+        tokens = _encode(tokenizer, document, special=False)[: seqlen - 1]
         if tokens:
             sequences.append(torch.tensor([bos, *tokens], dtype=torch.int64))
     if not sequences:

@@ -117,7 +117,7 @@ class Source:
         """Yield (name, tensor as in the file) for all outside the blocks, tied ones once."""
         for recipe in self._rest_recipes:
             for name, tensor in self._convert([recipe], None):
-                if not self._is_tied_duplicate(name):
+                if name not in self._tied_twice:
                     yield name, tensor
 
     def block_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -126,14 +126,9 @@ class Source:
         for name, tensor in block.state_dict().items():
             yield f"{self.block_names[index]}.{name}", tensor
 
-    def _is_tied_duplicate(self, name: str) -> bool:
-        """A tied tensor that is stored beside its equal; a differing one is not tied at all."""
-        tied_to = self._tied.get(name)
-        return tied_to is not None and tied_to not in self._tied_away
-
     @cached_property
-    def _tied(self) -> dict[str, str]:
-        """Tied name -> the name that it shares its tensor with, as loading really ties them."""
+    def _tied_twice(self) -> frozenset[str]:
+        """Tied tensors that are stored beside their equal; differing ones are not tied at all."""
         stored = {recipe.target for recipe in self._rest_recipes}
         pairs = {
             name: origin
@@ -141,19 +136,19 @@ class Source:
             if name in stored and origin in stored
         }
         if not pairs:
-            return {}
+            return frozenset()
         rest = self.load_rest(None)
-        return {
-            name: origin
+        return frozenset(
+            name
             for name, origin in pairs.items()
             if rest.get_parameter(name) is rest.get_parameter(origin)
-        }
+        )
 
     def _copy_block(self, index: int) -> nn.Module:
         block = self.skeleton.get_submodule(self.block_names[index])
         # The configuration is shared, not copied: it holds the choice of attention function.
-        shared = {id(module.config): module.config for module in block.modules() if _has_config(module)}
-        return copy.deepcopy(block, shared)
+        configs = [module.config for module in block.modules() if hasattr(module, "config")]
+        return copy.deepcopy(block, {id(config): config for config in configs})
 
     def _convert(
         self, recipes: list[Recipe], dtype: torch.dtype | None
@@ -292,11 +287,88 @@ def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:
     for name in sorted(files.entries, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if target not in expected and name in expected:
-            target, pattern = name, None
+            target, pattern = rename_source_key(name, [], [], prefix, expected)
         if target not in expected:
             logger.warning("Tensor %s of the checkpoint has no place in the model", name)
             continue
         converter = None if pattern is None else by_pattern[pattern]
         recipe = recipes.setdefault(target, Recipe(target, converter))
+        if converter is None and recipe.sources:
+            raise ValueError(
+                f"{files.entries[name].path}: {target} must be stored once, but both "
+                f"{recipe.sources[0][0]!r} and {name!r} give it. Save the checkpoint again."
+            )
         recipe.sources.append((name, pattern or name))
     return list(recipes.values())
+
+
+def _check_complete(
+    model: PreTrainedModel, recipes: list[Recipe], files: TensorFiles, path: Path
+) -> frozenset[str]:
+    """Refuse a checkpoint that does not fill the model; return the names that tying fills."""
+    expected = model.state_dict()
+    for recipe in recipes:
+        if recipe.converter is None:
+            found = files.entries[recipe.sources[0][0]].shape
+            _check_shape(recipe.target, found, expected[recipe.target])
+    missing = set(expected).difference(*(_targets(recipe) for recipe in recipes))
+    tied_away: set[str] = set()
+    for name, origin in model.all_tied_weights_keys.items():
+        if name in missing and origin in expected and origin not in missing:
+            tied_away.add(name)
+        elif origin in missing and name not in missing:
+            tied_away.add(origin)
+    missing -= tied_away
+    if missing:
+        first = min(missing, key=dot_natural_key)
+        raise ValueError(
+            f"{path}: the checkpoint must hold every tensor of {type(model).__name__}, but "
+            f"{len(missing)} are missing, the first being {first}. Give a complete checkpoint."
+        )
+    return frozenset(tied_away)
+
+
+def _targets(recipe: Recipe) -> set[str]:
+    """Return all model tensors that a recipe fills: a converter may split one into several."""
+    if recipe.converter is None:
+        return {recipe.target}
+    patterns = recipe.converter.target_patterns
+    for pattern in patterns:
+        before, matched, after = recipe.target.partition(pattern)
+        if matched:
+            return {before + other + after for other in patterns}
+    return {recipe.target}
+
+
+def _split(
+    recipes: list[Recipe], block_names: tuple[str, ...]
+) -> tuple[list[list[Recipe]], list[Recipe]]:
+    """Sort recipes by the block that they fill."""
+    blocks: list[list[Recipe]] = [[] for _ in block_names]
+    rest: list[Recipe] = []
+    prefix = block_names[0].rpartition(".")[0] + "."
+    for recipe in recipes:
+        if recipe.target.startswith(prefix):
+            blocks[int(recipe.target.removeprefix(prefix).split(".")[0])].append(recipe)
+        else:
+            rest.append(recipe)
+    return blocks, rest
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: Tensor) -> None:
+    if tuple(found) != tuple(expected.shape):
+        raise ValueError(
+            f"{name}: the stored tensor must have the shape {list(expected.shape)} that config.json "
+            f"implies, not {list(found)}. The weights and the configuration do not belong together."
+        )
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of the same shape."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    _check_shape(name, tuple(tensor.shape), getattr(owner, leaf))
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,7 @@ from bitmosaic.statistics.base import ReproducibleSum, Statistic
 
 @dataclass(frozen=True)
 class ActivationNorms:
-    """Per in_channel, float32 [in]; zeros where no token reached the layer, as in an unrouted expert."""
+    """Per in_channel, float32 [in]; zeros where no token came, as in an unrouted expert."""
 
     mean_abs: Tensor
     rms: Tensor
@@ -24,14 +25,14 @@ class Activation(Statistic[ActivationNorms]):
     observes: ClassVar[Literal["input", "gradient"]] = "input"
     sequential: ClassVar[bool] = False
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         """Start an empty statistic for a weight of shape (out, in)."""
         super().__init__(shape)
         self._absolute = ReproducibleSum((self.shape[1],))
         self._square = ReproducibleSum((self.shape[1],))
 
     def update(self, observed: Tensor) -> None:
-        """Add the inputs of one sequence, [tokens, in]; sums over its tokens are taken in float64."""
+        """Add the inputs of one sequence, [tokens, in], summed over its tokens in float64."""
         self._check_inputs(observed)
         inputs = observed.detach().double()
         self._absolute.add(inputs.abs().sum(dim=0))

@@ -9,7 +9,7 @@ fixed binary positions and the digits are added as integers, which is exact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ BIN_BITS = 40
 """Width of a bin: bin j holds the binary digits of weight 2^(40 j) up to 2^(40 (j + 1))."""
 
 CAPACITY = 2**22
-"""Contributions that a sum can take: each digit is below 2^40, so 2^22 of them stay below 2^62 in an int64."""
+"""Contributions that a sum can take: 2^22 digits below 2^40 stay below 2^62 in an int64."""
 
 # The bins that a row's largest magnitude may fall into. The low end keeps 2^(-40 j) finite; digits
 # below 2^-960 are always cut off, whatever the order. The high end is the last bin that float64
@@ -36,29 +36,28 @@ Value = TypeVar("Value")
 
 
 class ReproducibleSum:
-    """A sum of float tensors whose bits do not depend on the order or the split of the contributions.
+    """A sum of float tensors whose bits depend on neither order nor split of the contributions.
 
     Every row (index of the first axis) keeps two int64 digits an element: those of the bin that the
     row's largest magnitude so far falls into, and of the bin below it. The error of a sum of n
     contributions is therefore below n * 2^-40 times the largest magnitude in the row.
 
-    Why every order gives the same integers: the digits of a number x in the absolute bins, `trunc(x
-    / 2^(40 j))` with the higher bins' part removed and truncation toward zero, depend on x alone.
-    Let J be the row's top bin after all contributions. A contribution that came while the top bin
-    was j <= J has |x| < 2^(40 (j + 1)), so all its digits above bin j are zero; when the top bin
-    rises to J, digits in bins below J - 1 are dropped and the others move along. What is kept of x
-    is thus exactly its digits in bins J and J - 1, at whichever moment it came. Integer addition is
-    exact, hence associative and commutative, and the maximum that defines J is too; so
-    permutations, splits and merge trees all end in equal states.
+    Why every order gives the same integers: the digits of a number in the absolute bins, those of
+    its magnitude with its sign, depend on the number alone. Let J be the row's top bin after all
+    contributions. A contribution x that came while the top bin was j <= J has |x| < 2^(40 (j + 1)),
+    so its digits above bin j are zero; when the top bin rises to J, digits below bin J - 1 are
+    dropped and the others move along. What is kept of x is thus exactly its digits in bins J and
+    J - 1, at whichever moment it came. Integer addition is exact, hence associative and
+    commutative, and the maximum that defines J is too; so permutations, splits and merge trees all
+    end in equal states.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         """Start an empty sum of tensors of the given shape."""
         if len(shape) == 0 or any(size < 1 for size in shape):
             raise ValueError(
-                "The shape of a sum must have at least one axis and positive sizes, not "
-                f"{tuple(shape)!r}. "
-                "Give the shape of the contributions."
+                "The shape of a sum must have at least one axis and positive sizes, "
+                f"not {tuple(shape)!r}. Give the shape of the contributions."
             )
         self.shape = tuple(shape)
         self.count = 0
@@ -100,7 +99,7 @@ class ReproducibleSum:
         self.count += 1
 
     def merge(self, other: ReproducibleSum) -> None:
-        """Add another sum of the same shape; the result is that of all contributions added to one sum."""
+        """Add another sum of the same shape, as if its contributions had been added here."""
         if other.shape != self.shape:
             raise ValueError(
                 f"The shape of a merged sum must be {self.shape}, not {other.shape}. "
@@ -132,8 +131,7 @@ class ReproducibleSum:
         if not bool(torch.isfinite(torch.stack([result.amin(), result.amax()])).all()):
             raise OverflowError(
                 "A sum must stay within the range of float32, not exceed "
-                f"{torch.finfo(torch.float32).max:.3g}. "
-                "Scale the contributions down."
+                f"{torch.finfo(torch.float32).max:.3g}. Scale the contributions down."
             )
         return result.reshape(self.shape)
 
@@ -157,18 +155,30 @@ class ReproducibleSum:
         """
         count = _check_state(state)
         result = cls(tuple(state["high"].shape))
-        result.count = count
-        result._high.copy_(state["high"].reshape(result._high.shape))
-        result._low.copy_(state["low"].reshape(result._low.shape))
-        result._top.copy_(state["top"])
+        result._assign(state, count)
         return result
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Replace everything added so far by a copy of the `state()` of a sum of the same shape."""
+        count = _check_state(state)
+        if tuple(state["high"].shape) != self.shape:
+            raise ValueError(
+                f"The digits of a sum must have the shape {self.shape}, "
+                f"not {tuple(state['high'].shape)}. Load the state of the same matrix."
+            )
+        self._assign(state, count)
+
+    def _assign(self, state: dict[str, Tensor], count: int) -> None:
+        self.count = count
+        self._high.copy_(state["high"].reshape(self._high.shape))
+        self._low.copy_(state["low"].reshape(self._low.shape))
+        self._top.copy_(state["top"])
 
     def _check_contribution(self, contribution: Tensor) -> None:
         if tuple(contribution.shape) != self.shape:
             raise ValueError(
-                f"The shape of a contribution must be {self.shape}, not "
-                f"{tuple(contribution.shape)}. "
-                "Pass a tensor of this matrix."
+                f"The shape of a contribution must be {self.shape}, "
+                f"not {tuple(contribution.shape)}. Pass a tensor of this matrix."
             )
         if not contribution.is_floating_point():
             raise TypeError(
@@ -179,12 +189,12 @@ class ReproducibleSum:
     def _check_count(self, count: int) -> None:
         if count > CAPACITY:
             raise OverflowError(
-                f"A sum must have at most {CAPACITY} contributions, not {count}. Calibrate on "
-                "fewer sequences."
+                f"A sum must have at most {CAPACITY} contributions, not {count}. "
+                "Calibrate on fewer sequences."
             )
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Walk over the rows with a float64 and an int64 buffer for each chunk, reused by the next."""
+        """Walk over the rows in chunks, with a float64 and an int64 buffer reused by each."""
         # Buffers made anew for each chunk would be mapped and unmapped each time, which costs more
         # than the arithmetic.
         step = min(self._rows, max(1, _CHUNK_ELEMENTS // self._columns))
@@ -195,12 +205,10 @@ class ReproducibleSum:
             yield slice(start, start + size), floats[:size], integers[:size]
 
     def _raise_top(self, required: Tensor) -> None:
-        """Raise each row's top bin to at least the required one; digits move along or are dropped."""
+        """Raise each row's top bin to at least the required one, moving or dropping digits."""
         rise = (required - self._top).clamp_(min=0)[:, None]
         self._top += rise[:, 0]
-        if self.count == 0 or not bool(
-            rise.any()
-        ):  # without contributions there are no digits to move
+        if self.count == 0 or not bool(rise.any()):  # an empty sum has no digits to move
             return
         stays, moves = (rise == 0).long(), (rise == 1).long()
         for rows, _, digits in self._chunks():
@@ -217,15 +225,18 @@ class Statistic(ABC, Generic[Value]):
     """
 
     observes: ClassVar[Literal["input", "gradient"]]
-    """What `update` takes: the layer's input [tokens, in] or the gradient of a sequence's loss [out, in]."""
+    """What `update` takes: the layer's input [tokens, in], or a loss gradient [out, in]."""
 
     sequential: ClassVar[bool]
     """Whether it is measured again after earlier blocks were quantized."""
 
+    shape: tuple[int, int]
+    """The weight's (out, in)."""
+
     observations: int
     """How much was added: tokens if inputs are observed, sequences if gradients are."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         """Start an empty statistic for a weight of shape (out, in)."""
         if len(shape) != 2 or any(size < 1 for size in shape):
             raise ValueError(
@@ -289,10 +300,7 @@ class Statistic(ABC, Generic[Value]):
                 f"not {sorted(state)}. Calibrate again."
             )
         for name, part in result.sums().items():
-            # Merging into the empty sum also checks that the shapes agree.
-            part.merge(
-                ReproducibleSum.from_state({key: state[f"{name}.{key}"] for key in part.state()})
-            )
+            part.load_state({key: state[f"{name}.{key}"] for key in part.state()})
         result.observations = observations[0]
         return result
 
@@ -314,9 +322,8 @@ def _integers(owner: str, state: dict[str, Tensor], name: str, size: int) -> lis
         or int(tensor.min()) < 0
     ):
         raise ValueError(
-            f"The state of {owner} must hold {size} non-negative int64 as {name!r}, not "
-            f"{tensor!r}. "
-            "Calibrate again."
+            f"The state of {owner} must hold {size} non-negative int64 as {name!r}, "
+            f"not {tensor!r}. Calibrate again."
         )
     return tensor.tolist()
 

@@ -1,4 +1,4 @@
-"""Diagonal empirical Fisher information of a weight: F = Σ_s (∂L_s/∂W)² over calibration sequences s.
+"""Diagonal empirical Fisher information of a weight: F = Σ_s (∂L_s/∂W)² over sequences s.
 
 L_s is the mean next-token cross-entropy of sequence s. One sequence's gradient is squared, never
 the gradient of a batch.
@@ -6,6 +6,7 @@ the gradient of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -14,12 +15,12 @@ from bitmosaic.statistics.base import ReproducibleSum, Statistic
 
 
 class Fisher(Statistic[Tensor]):
-    """Sum over sequences of squared gradients; `observations` counts the sequences that reached the layer."""
+    """Sum of squared gradients over the sequences that reached the layer."""
 
     observes: ClassVar[Literal["input", "gradient"]] = "gradient"
     sequential: ClassVar[bool] = False
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         """Start an empty statistic for a weight of shape (out, in)."""
         super().__init__(shape)
         self._squares = ReproducibleSum(self.shape)

@@ -1,4 +1,4 @@
-"""Second moment of a layer's input, H = Σ x xᵀ over tokens: half the Hessian of the layer's squared output error.
+"""Second moment of a layer's input, H = Σ x xᵀ over tokens: half the Hessian of its squared error.
 
 Sequential: it is measured again once the blocks before are quantized, since compensation must see
 the inputs of the quantized model.
@@ -6,6 +6,7 @@ the inputs of the quantized model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ class Hessian(Statistic[Tensor]):
     observes: ClassVar[Literal["input", "gradient"]] = "input"
     sequential: ClassVar[bool] = True
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: Sequence[int]) -> None:
         """Start an empty statistic for a weight of shape (out, in)."""
         super().__init__(shape)
         self._products = ReproducibleSum((self.shape[1], self.shape[1]))
