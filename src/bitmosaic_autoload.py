@@ -1,10 +1,10 @@
 """Register bitmosaic's checkpoints with transformers as soon as transformers is imported.
 
-transformers finds no plug-ins by itself: without a registration it would load a bitmosaic checkpoint
-with *random weights* and only a warning. So the wheel carries `bitmosaic.pth`, which Python runs at
-every start of the interpreter and which calls `start` here. That puts a small object on
-`sys.meta_path`; once transformers' quantizers and its model loader have been imported, it imports
-`bitmosaic.integrations.transformers`, and takes itself off again.
+transformers finds no plug-ins by itself: without a registration it would load a bitmosaic
+checkpoint with *random weights* and only a warning. So the wheel carries `bitmosaic.pth`, which
+Python runs at every start of the interpreter and which calls `start` here. That puts a small object
+on `sys.meta_path`; once transformers' quantizers and its model loader have been imported, it
+imports `bitmosaic.integrations.transformers`, and takes itself off again.
 
 This module lies beside the package, not in it, so that the start of an interpreter never imports
 bitmosaic (and with it torch). `BITMOSAIC_NO_AUTOLOAD=1` switches the start-up part off; `import
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 __all__ = ["install", "start"]
 
@@ -29,7 +30,7 @@ WATCHED = ("transformers.quantizers", "transformers.modeling_utils")
 
 
 class _Watcher:
-    """A finder that finds nothing itself, but learns when the watched modules have been executed."""
+    """A finder that finds nothing itself, but learns when a watched module has been executed."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -49,7 +50,7 @@ class _Watcher:
         return None
 
     def _call_back(self, spec: "ModuleSpec") -> None:
-        loader = spec.loader
+        loader: Any = spec.loader
         execute = getattr(loader, "exec_module", None)
         if execute is None:
             return
@@ -65,7 +66,7 @@ class _Watcher:
             if self.depth == 0:
                 self.finish()
 
-        loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+        loader.exec_module = exec_module
 
     def finish(self) -> None:
         """Leave `sys.meta_path` and import the plug-in."""
@@ -98,7 +99,7 @@ def install() -> None:
     if all(_is_executed(module) for module in modules):
         _import_plugin()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Watcher())
 
 
 def _is_executed(module: "ModuleType | None") -> bool:

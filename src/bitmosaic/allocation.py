@@ -167,8 +167,14 @@ class TileCosts:
         return total
 
     def plan(self, tile_map: UInt8[Tensor, "tiles_out tiles_in"]) -> LayerAllocation:
-        """Turn a choice of formats into the layer's plan, dropping formats without tiles."""
+        """Turn a choice of formats into the layer's plan, dropping formats without tiles.
+
+        A tile that is the whole matrix is cut into bands of rows: that costs no byte, since groups
+        do not cross rows, and lets the matrix be packed and read piece by piece.
+        """
         used, renumbered = drop_unused(self.formats, tile_map)
+        if renumbered.numel() == 1 and formats.get(used[0]).learned_grid is None:
+            return uniform(self.shape, used[0], self.in_permutation, self.out_permutation)
         return LayerAllocation(
             self.shape,
             self.tile,
@@ -177,6 +183,21 @@ class TileCosts:
             self.in_permutation,
             self.out_permutation,
         )
+
+
+_BAND_ROWS = 64
+
+
+def uniform(
+    shape: tuple[int, int],
+    name: str,
+    in_permutation: Int[Tensor, " in"] | None = None,
+    out_permutation: Int[Tensor, " out"] | None = None,
+) -> LayerAllocation:
+    """Plan one format for a whole weight, in bands of 64 rows."""
+    tile = (min(_BAND_ROWS, shape[0]), shape[1])
+    bands = torch.zeros(grid_shape(shape, tile), dtype=torch.uint8)
+    return LayerAllocation(shape, tile, (name,), bands, in_permutation, out_permutation)
 
 
 class BudgetError(ValueError):
@@ -273,8 +294,8 @@ def solve(tables: Sequence[TileCosts], budget: int) -> dict[str, LayerAllocation
     """
     check_feasible(tables, budget)
     pool = _Pool(tables)
-    tile, target, gain, extra = pool.hull_steps()
-    order = torch.argsort(gain / extra, descending=True, stable=True)
+    tile, target, slope, extra = pool.hull_steps()
+    order = torch.argsort(slope, descending=True, stable=True)
     tile, target, extra = tile[order], target[order], extra[order]
     spent = pool.base_bytes + overhead_bytes(tables)
     total = spent + torch.cumsum(extra, 0)
@@ -303,7 +324,14 @@ def two_level(
     uniform = pool.bytes.sum(1) + fixed
     ladder = torch.argsort(uniform).tolist()
     fitting = [index for index in ladder if int(uniform[index]) <= budget]
-    low = fitting[-1] if fitting else ladder[0]
+    if not fitting:
+        # On ragged tiles the cheapest format may differ from tile to tile.
+        raise BudgetError(
+            f"budget must be at least {int(uniform[ladder[0]]):,} bytes for one of the formats "
+            f"{', '.join(tables[0].formats)} in every tile, not {budget:,}. "
+            "Raise it, or use the lagrangian solver."
+        )
+    low = fitting[-1]
     above = [index for index in ladder if int(uniform[index]) > int(uniform[low])]
     choice = torch.full((pool.tiles,), low, dtype=torch.uint8)
     if above:
@@ -312,8 +340,9 @@ def two_level(
         order = torch.argsort(torch.cat([t.flatten() for t in importance]) / weights,
                               descending=True, stable=True)
         extra = (pool.bytes[high] - pool.bytes[low])[order]
-        fits = torch.cumsum(extra, 0) + uniform[low] <= budget
-        choice[order[fits]] = high
+        fits = (torch.cumsum(extra, 0) + uniform[low] <= budget).nonzero()
+        wide = int(fits[-1]) + 1 if fits.numel() else 0
+        choice[order[:wide]] = high
     return pool.plans(choice)
 
 
@@ -344,8 +373,12 @@ class _Pool:
         return torch.cat(parts)
 
     def hull_steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Walk every tile up its convex hull: (tile, format stepped to, cost saved, extra bytes)."""
+        """Walk every tile up its hull: (tile, format stepped to, cost saved a byte, extra bytes).
+
+        A tile's slopes never rise: on a straight stretch rounding could put a later step first.
+        """
         current = self.base.long()
+        limit = torch.full((self.tiles,), torch.inf, dtype=torch.float64)
         alive = torch.arange(self.tiles)
         steps: list[tuple[Tensor, ...]] = []
         while alive.numel():
@@ -354,11 +387,12 @@ class _Pool:
             gain = self.cost[here, alive] - self.cost[:, alive]
             slope = torch.where((extra > 0) & (gain > 0), gain / extra.clamp(min=1), -torch.inf)
             # The steepest step lies on the hull; of collinear ones the farthest is the same line.
-            best = slope.argmax(0)
-            ok = slope.gather(0, best[None])[0] > 0
+            steepest, best = slope.max(0)
+            ok = steepest > 0
             alive, best = alive[ok], best[ok]
+            limit[alive] = torch.minimum(limit[alive], steepest[ok])
             column = torch.arange(ok.numel())[ok]
-            steps.append((alive, best, gain[best, column], extra[best, column]))
+            steps.append((alive, best, limit[alive], extra[best, column]))
             current[alive] = best
         joined = [torch.cat(parts) for parts in zip(*steps, strict=True)]
         return joined[0], joined[1].to(torch.uint8), joined[2], joined[3]

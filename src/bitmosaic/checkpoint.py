@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.tensor import ARRAYS, OUTLIER_DTYPES, QuantizedTensor, map_bits
 from bitmosaic.tiling import grid_shape, sections
@@ -40,6 +39,10 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _LARGEST_SIDE = 1 << 31
+_MOST_WEIGHTS = 1 << 36
+_MOST_TILES = 1 << 28
+"""Limits of one packed tensor: pruned tiles store nothing, so that file sizes alone bound neither
+the tile map nor the decoded weight (16 times the largest matrix in use, a 256k x 16k embedding)."""
 
 
 # Writing
@@ -101,6 +104,7 @@ def stream_tensors(
         file.write(head)
         for entry in ordered:
             data = read(entry).detach().cpu().contiguous()
+            assert (data.dtype, tuple(data.shape)) == (entry.dtype, entry.shape), entry
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -120,10 +124,10 @@ class atomic_file:  # noqa: N801  (used like a function)
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Flush to disk and rename; on failure leave nothing behind."""
         try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
                 self._temporary.replace(self._path)
                 sync_directory(self._path.parent)
@@ -184,12 +188,12 @@ def tensor_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(_read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{index} must be a JSON object with a weight_map. Copy or make it again."
             ) from error
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        if any(not isinstance(name, str) or Path(name).name != name or name == ".." for name in names):
             raise ValueError(f"{index} must name files of its own directory only.")
         files = [directory / name for name in names]
     else:
@@ -198,6 +202,14 @@ def tensor_files(directory: Path) -> list[Path]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing. Copy or make the checkpoint again.")
     return files
+
+
+def _read_json(path: Path) -> Any:
+    """Read a JSON file; ValueError also for one nested too deeply."""
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} must not be nested so deeply. Copy or make it again.") from error
 
 
 # Packed tensors
@@ -243,14 +255,8 @@ def validate(name: str, tensor: QuantizedTensor) -> None:
         )
     sizes = dict.fromkeys(("codes", "scales", "zero_points", "grids"), 0)
     for part in sections(tensor.shape, tensor.tile, tensor.formats, tile_map):
-        fmt, groups = part.format, part.rows * part.groups
-        sizes["codes"] += part.count * fmt.bits * packed_bytes(part.rows * part.columns)
-        if fmt.scale_format is not None:
-            sizes["scales"] += part.count * groups * SCALE_DTYPES[fmt.scale_format].itemsize
-        if fmt.stores_zero_point:
-            sizes["zero_points"] += part.count * fmt.bits * packed_bytes(groups)
-        if fmt.learned_grid is not None:
-            sizes["grids"] += part.count * 2**fmt.bits * SCALE_DTYPES[fmt.learned_grid].itemsize
+        for key, size in part.array_bytes().items():
+            sizes[key] += size
     for key, size in sizes.items():
         _expect(name, key, getattr(tensor, key), size)
     scales = tensor.tensor_scales.clone().view(torch.float32)
@@ -265,7 +271,7 @@ def _described_tensor(name: str, described: Any) -> QuantizedTensor:
     """Read a description from config.json, trusting nothing."""
     try:
         shape, tile = tuple(described["shape"]), tuple(described["tile"])
-        names = tuple(described["formats"])
+        names = described["formats"]
         outlier_format = described.get("outlier_format", "fp16")
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -278,9 +284,11 @@ def _described_tensor(name: str, described: Any) -> QuantizedTensor:
                 f"{key} of {name} must be two whole numbers from 1 to {_LARGEST_SIDE - 1}, "
                 f"not {list(pair)!r}."
             )
-    if not 1 <= len(names) <= 256 or not all(isinstance(each, str) for each in names):
-        raise ValueError(f"formats of {name} must be 1 to 256 names, not {list(names)!r}.")
-    if outlier_format not in OUTLIER_DTYPES:
+    _check_extent(name, shape, tile)
+    listed = isinstance(names, list) and all(isinstance(each, str) for each in names)
+    if not listed or not 1 <= len(names) <= 256:
+        raise ValueError(f"formats of {name} must be 1 to 256 names, not {names!r}.")
+    if not isinstance(outlier_format, str) or outlier_format not in OUTLIER_DTYPES:
         raise ValueError(
             f"outlier_format of {name} must be one of {', '.join(OUTLIER_DTYPES)}, "
             f"not {outlier_format!r}."
@@ -290,6 +298,16 @@ def _described_tensor(name: str, described: Any) -> QuantizedTensor:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return QuantizedTensor(shape, tile, chosen, outlier_format)
+
+
+def _check_extent(name: str, shape: tuple[int, int], tile: tuple[int, int]) -> None:
+    """Refuse a matrix whose map or decoded weight no machine could hold."""
+    tall, wide = grid_shape(shape, tile)
+    if shape[0] * shape[1] > _MOST_WEIGHTS or tall * wide > _MOST_TILES:
+        raise ValueError(
+            f"shape of {name} must have at most {_MOST_WEIGHTS} weights in {_MOST_TILES} tiles, "
+            f"not {shape[0]} x {shape[1]} in {tall * wide}. The file is damaged."
+        )
 
 
 def _expect(name: str, key: str, array: Tensor, size: int) -> None:
@@ -396,7 +414,7 @@ def open_packed(directory: Path) -> PackedCheckpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} must hold a config.json. Give a model directory.")
     try:
-        config = json.loads(path.read_text())
+        config = _read_json(path)
         quantization = config["quantization_config"]
         method = quantization["quant_method"]
     except (ValueError, KeyError, TypeError) as error:
@@ -409,7 +427,13 @@ def open_packed(directory: Path) -> PackedCheckpoint:
     tensors = check_description(quantization)
     files: dict[str, Path] = {}
     for file in tensor_files(directory):
-        files |= dict.fromkeys(read_entries(file), file)
+        for name in read_entries(file):
+            if name in files:
+                raise ValueError(
+                    f"{name} must be stored once, but is in {files[name].name} and {file.name}. "
+                    "Remove the file that does not belong, or make the checkpoint again."
+                )
+            files[name] = file
     for name in tensors:
         if f"{name}.tensor_scales" not in files:
             raise ValueError(f"{name} is missing from {directory}. Copy or make it again.")
@@ -419,7 +443,7 @@ def open_packed(directory: Path) -> PackedCheckpoint:
 def check_description(quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Check version and shape of a quantization_config; return its table of tensors."""
     version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # JSON's true equals 1
         raise ValueError(
             f"format_version must be {FORMAT_VERSION}, not {version!r}. "
             "Update bitmosaic, or quantize the model again with this version."

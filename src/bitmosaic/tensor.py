@@ -127,7 +127,8 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Decode to the weight in its original order of rows and columns."""
-        scales = self.tensor_scales.view(torch.float32).tolist()
+        # A copy aligns the bytes, wherever in a file's buffer they lie.
+        scales = self.tensor_scales.clone().view(torch.float32).tolist()
         weight = torch.zeros(self.shape, dtype=torch.float32, device=self.device)
         for section, codes, parameters in self.sections():
             if section.format.bits == 0:
@@ -262,6 +263,8 @@ def drop_unused(
 
 def _with_outliers(tensor: QuantizedTensor, weight: Tensor, mask: Tensor) -> QuantizedTensor:
     _, columns = mask.nonzero(as_tuple=True)
+    if not columns.numel():
+        return tensor  # counts alone would be a file that no reader accepts
     counts = mask.sum(dim=1)
     return replace(
         tensor,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bitmosaic.formats import Format
+from bitmosaic.formats import SCALE_DTYPES, Format
 from bitmosaic.formats.base import packed_bytes
 
 _CHUNK_WEIGHTS = 1 << 18
@@ -47,6 +47,18 @@ class Section:
     def groups(self) -> int:
         """Groups in one row of a tile."""
         return self.format.groups(self.columns)
+
+    def array_bytes(self) -> dict[str, int]:
+        """Bytes that the section takes in each stored array."""
+        fmt, groups = self.format, self.rows * self.groups
+        sizes = {"codes": fmt.bits * packed_bytes(self.rows * self.columns)}
+        if fmt.scale_format is not None:
+            sizes["scales"] = groups * SCALE_DTYPES[fmt.scale_format].itemsize
+        if fmt.stores_zero_point:
+            sizes["zero_points"] = fmt.bits * packed_bytes(groups)
+        if fmt.learned_grid is not None:
+            sizes["grids"] = 2**fmt.bits * SCALE_DTYPES[fmt.learned_grid].itemsize
+        return {key: self.count * size for key, size in sizes.items()}
 
     def gather(self, matrix: Float[Tensor, "out in"]) -> Tensor:
         """Copy the section's tiles out of a matrix: [tiles, rows, columns]."""
@@ -84,7 +96,8 @@ class Section:
         A short last group is filled by repeating its last column, which moves no minimum, maximum
         or nearest code.
         """
-        size = self.format.group or self.columns
+        # A group may be longer than the tile is wide, without bound: never fill beyond the row.
+        size = min(self.format.group or self.columns, self.columns)
         missing = self.groups * size - self.columns
         if missing:
             tiles = torch.cat([tiles, tiles[..., -1:].expand(-1, -1, missing)], dim=-1)

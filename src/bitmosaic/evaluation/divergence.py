@@ -117,9 +117,7 @@ def _compare(model: Tensor, reference: Tensor, targets: Tensor) -> list[tuple[Te
         # Never below 0 in exact arithmetic; rounding of the softmax can leave some −1e-8.
         kl = terms.sum(-1).clamp_(min=0)
         column = target[:, None]
-        pair = [
-            -logs.gather(1, column).sum(dtype=torch.float64).cpu() for logs in (log_p, log_q)
-        ]
+        pair = [-logs.gather(1, column).sum(dtype=torch.float64).cpu() for logs in (log_p, log_q)]
         equal = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         compared.append((kl, torch.stack(pair), equal))
     return compared

@@ -1,9 +1,9 @@
 """How much of an evaluation text was already seen in calibration.
 
-Texts are compared by shingles: every run of 50 characters, white space collapsed. The hash of a run
-is the polynomial Σ c_j · B^(49−j) modulo 2^64, which comes from prefix sums for all positions at once:
-with S_i = Σ_{k<i} c_k · B^(−k), the run at i hashes to (S_{i+50} − S_i) · B^(i+49), B being odd and so
-invertible. 10 M characters take about two seconds and 250 MB.
+Texts are compared by shingles: every run of 50 characters, white space collapsed. The hash of a
+run is the polynomial Σ c_j · B^(49−j) modulo 2^64, which comes from prefix sums for all positions
+at once: with S_i = Σ_{k<i} c_k · B^(−k), the run at i hashes to (S_{i+50} − S_i) · B^(i+49), B
+being odd and so invertible. Only the evaluation text's shingles are kept.
 """
 
 import logging
@@ -24,19 +24,23 @@ BASE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: odd, and its bits look random
 INVERSE = pow(BASE, -1, 2**64)
 
 
-def overlap(
-    calibration_documents: Sequence[str], evaluation_documents: Sequence[str]
-) -> float:
-    """Return the share, 0 to 1, of the evaluation text's shingles that occur in the calibration text.
+def overlap(calibration_documents: Sequence[str], evaluation_documents: Sequence[str]) -> float:
+    """Return the share, 0 to 1, of the evaluation's shingles that the calibration text has too.
 
     Documents shorter than a shingle are compared whole.
     """
-    seen = np.unique(np.concatenate([_hashes(each) for each in calibration_documents] or [_NONE]))
-    wanted = np.concatenate([_hashes(each) for each in evaluation_documents] or [_NONE])
-    if not len(wanted) or not len(seen):
+    if not evaluation_documents:
         return 0.0
-    positions = np.minimum(np.searchsorted(seen, wanted), len(seen) - 1)
-    return float(np.mean(seen[positions] == wanted))
+    hashes = np.concatenate([_hashes(document) for document in evaluation_documents])
+    wanted, counts = np.unique(hashes, return_counts=True)
+    if not len(wanted):
+        return 0.0
+    found = np.zeros(len(wanted), dtype=bool)
+    for document in calibration_documents:
+        seen = _hashes(document)
+        positions = np.minimum(np.searchsorted(wanted, seen), len(wanted) - 1)
+        found[positions[wanted[positions] == seen]] = True
+    return float(counts[found].sum() / counts.sum())
 
 
 def warn_of_overlap(share: float) -> None:
@@ -49,14 +53,11 @@ def warn_of_overlap(share: float) -> None:
         )
 
 
-_NONE: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
-
-
 def _hashes(document: str) -> NDArray[np.uint64]:
     text = " ".join(document.split())
     points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
     if not len(points):
-        return _NONE
+        return np.zeros(0, dtype=np.uint64)
     length = min(SHINGLE, len(points))
     powers = _powers(BASE, len(points))
     # uint64 arithmetic wraps, which is the reduction modulo 2^64.

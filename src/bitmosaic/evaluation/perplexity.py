@@ -1,9 +1,9 @@
 """Perplexity by the protocol of GPTQ, at any sequence length.
 
-Each window of `seqlen` tokens gives `seqlen − 1` predictions; GPTQ multiplies their mean cross-entropy
-by `seqlen`, adds the windows up, and reports `exp(sum / (windows · seqlen))`. With windows of equal
-length that is exactly the exponential of the mean over all predictions, which is what is computed
-here and what also has a meaning for sequences of differing lengths.
+Each window of `seqlen` tokens gives `seqlen − 1` predictions; GPTQ multiplies their mean
+cross-entropy by `seqlen`, adds the windows up, and reports `exp(sum / (windows · seqlen))`. With
+windows of equal length that is exactly the exponential of the mean over all predictions, which is
+what is computed here and what also has a meaning for sequences of differing lengths.
 """
 
 import math
@@ -143,7 +143,7 @@ def batches(sequences: Sequence[Tensor], batch: int) -> Iterator[tuple[Tensor, T
 
 
 def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Run the model on tokens [windows, tokens] and return its logits [windows, tokens, vocabulary]."""
+    """Return the logits [windows, tokens, vocabulary] of tokens [windows, tokens]."""
     device = getattr(model, "device", inputs.device)
     output = model(input_ids=inputs.to(device), use_cache=False)
     logits: Tensor = output.logits

@@ -1,14 +1,15 @@
 """Reading text from wherever it is, and cutting it into token windows.
 
-The windows follow the protocol of GPTQ (Frantar et al., 2022, arXiv 2210.17323): documents are joined,
-tokenized once with the tokenizer's own special tokens, cut into windows of equal length without
-overlap, and the tail is dropped. Two other ways are here because some models need them: `bos_each`
-starts every document with the BOS token (the corpus rule of the embedded model), and
+The windows follow the protocol of GPTQ (Frantar et al., 2022, arXiv 2210.17323): documents are
+joined, tokenized once with the tokenizer's own special tokens, cut into windows of equal length
+without overlap, and the tail is dropped. Two other ways are here because some models need them:
+`bos_each` starts every document with the BOS token (the corpus rule of the embedded model), and
 `document_sequences` scores each document by itself (story models).
 """
 
 import hashlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -69,8 +70,8 @@ def read_text(source: str | Path, split: str = "test") -> list[str]:
         documents = _read_file(Path(source))
     elif _looks_like_path(name):
         raise FileNotFoundError(
-            f"text source {name!r} must be an existing file or directory. Check the path, or name a "
-            'datasets id ("name:config:split") or "stdlib".'
+            f"text source {name!r} must be an existing file or directory. Check the path, or name "
+            'a datasets id ("name:config:split") or "stdlib".'
         )
     else:
         documents = _read_dataset(name, split)
@@ -302,7 +303,8 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _read_dataset(name: str, default_split: str) -> list[str]:
-    identifier, *options = name.split(":")
+    # A colon inside brackets belongs to the slice of a split: "name:train[:1%]".
+    identifier, *options = re.split(r":(?![^\[]*\])", name)
     if len(options) > 2:
         raise ValueError(
             f"text source {name!r} must be a path or name[:config][:split], not {len(options) + 1} "

@@ -106,13 +106,14 @@ class Format:
     def tensor_scale(self, largest: float) -> float:
         """Choose the matrix's second-level scale from its largest magnitude.
 
-        The default is the power of two that brings `largest` into [1, 2): exact to divide by, and
-        a group scale then neither overflows nor loses bits in fp16, whatever the matrix's units.
+        The default is the power of two that brings `largest` into [2^13, 2^14): exact to divide by,
+        and fp16 group scales then fit whatever the matrix's units: the largest possible, int1's
+        2 * 2^14, does not overflow, and int8's keep all bits down to groups 2^-19 of `largest`.
         """
         if largest == 0.0:
             return 1.0
         # float32 holds powers of two from 2^-126 up as normal numbers; stay inside, both ways.
-        return 2.0 ** min(max(math.frexp(largest)[1] - 1, -126), 126)
+        return 2.0 ** min(max(math.frexp(largest)[1] - 14, -126), 126)
 
     def fit(
         self,
@@ -183,7 +184,7 @@ def nearest_code(value: Tensor, grid: Tensor) -> Tensor:
     middle = (ordered[..., 1:] + ordered[..., :-1]) / 2
     middle = torch.where(middle.isnan(), torch.inf, middle)  # inf - inf between unused entries
     if grid.dim() == 1:
-        return order[torch.bucketize(value, middle)]
+        return order[torch.bucketize(value.contiguous(), middle)]
     flat = value.reshape(value.shape[0], -1).contiguous()
     index = torch.searchsorted(middle.contiguous(), flat)
     return order.gather(1, index).reshape(value.shape)

@@ -1,7 +1,7 @@
 """Decoder models: opening checkpoints, walking blocks, and what may be permuted or scaled in them.
 
 The names are looked up on first use, so that `import bitmosaic.model.structure` does not import
-transformers.  The function `structure` keeps its module's path: `bitmosaic.model.structure.structure`.
+transformers.  The function `structure` is found in the module of its name only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitmosaic.model.experts import Experts, linears, normalise
-    from bitmosaic.model.residual import (
-        permute_residual_block,
-        permute_residual_rest,
-        residual_permutable,
-    )
+    from bitmosaic.model.residual import permute_residual_rest, residual_permutable
     from bitmosaic.model.source import Source
-    from bitmosaic.model.structure import InputGroup, Structure, Tie, permute_tie, scale_group
+    from bitmosaic.model.structure import (
+        InputGroup,
+        Structure,
+        Tie,
+        permute_residual_block,
+        permute_tie,
+        scale_group,
+    )
     from bitmosaic.model.sweep import Sweep
 
 _HOME = {
@@ -29,7 +32,7 @@ _HOME = {
     "Tie": "structure",
     "linears": "experts",
     "normalise": "experts",
-    "permute_residual_block": "residual",
+    "permute_residual_block": "structure",
     "permute_residual_rest": "residual",
     "permute_tie": "structure",
     "residual_permutable": "residual",

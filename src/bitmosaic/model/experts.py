@@ -7,6 +7,9 @@ third into the first, so that nothing above this file has to know that they exis
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -36,6 +39,12 @@ class Experts(nn.Module):
     therefore has a fixed order.
     """
 
+    num_experts: int
+    has_gate: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
     def __init__(self, fused: nn.Module, path: str = "experts") -> None:
         super().__init__()
         _refuse_unknown_layout(fused, path)
@@ -44,14 +53,13 @@ class Experts(nn.Module):
                 setattr(self, name, value)
         for name, child in fused.named_children():
             self.add_module(name, child)
-        self._gating = type(fused)._apply_gate
-        self._first = "gate_up_proj" if fused.has_gate else "up_proj"
-        for index in range(fused.num_experts):
-            self.add_module(str(index), _split_expert(fused, self._first, index))
+        kind: Any = type(fused)
+        self._gating: Callable[[nn.Module, Tensor], Tensor] = kind._apply_gate
+        self.first_projection = "gate_up_proj" if fused.has_gate else "up_proj"
+        for index in range(self.num_experts):
+            self.add_module(str(index), _split_expert(fused, self.first_projection, index))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return, for each token [tokens, hidden], the weighted sum of its chosen experts."""
         output = torch.zeros_like(hidden_states)
         for index in torch.unique(top_k_index).tolist():
@@ -66,9 +74,9 @@ class Experts(nn.Module):
     def expert_forward(self, index: int, hidden_states: Tensor) -> Tensor:
         """Run one expert on its tokens, before the routing weights."""
         expert = self.get_submodule(str(index))
-        hidden = expert.get_submodule(self._first)(hidden_states)
+        hidden = expert.get_submodule(self.first_projection)(hidden_states)
         hidden = self._gating(self, hidden) if self.has_gate else self.act_fn(hidden)
-        result = expert.down_proj(hidden)
+        result: Tensor = expert.get_submodule("down_proj")(hidden)
         return self.post_expert_norm(result) if self.has_post_expert_norm else result
 
 
@@ -87,6 +95,17 @@ def normalise(module: nn.Module) -> None:
             _refuse_unknown_matrices(child, path)
 
 
+def matrix(module: nn.Module, path: str) -> nn.Linear:
+    """Return the matrix at a dotted path."""
+    found = module.get_submodule(path)
+    if not isinstance(found, nn.Linear):
+        raise TypeError(
+            f"{path}: a matrix must be an nn.Linear, not {type(found).__name__}. "
+            "Pass a normalised block."
+        )
+    return found
+
+
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Return every quantizable matrix by dotted path, in order of module traversal.
 
@@ -102,23 +121,14 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _is_router(module: nn.Module, path: str, linear: nn.Linear) -> bool:
-    parts = path.split(".")
-    if linear.out_features == 1 or _ROUTER_NAMES & set(parts):
+    if linear.out_features == 1 or _ROUTER_NAMES.intersection(path.split(".")):
         return True
-    parent = module.get_submodule(".".join(parts[:-1]))
+    parent = module.get_submodule(path.rpartition(".")[0])
     return any(
-        isinstance(sibling, Experts) or (name == "experts" and isinstance(sibling, nn.ModuleList))
+        linear.out_features == len(list(sibling.children()))
         for name, sibling in parent.named_children()
-    ) and linear.out_features == _expert_count(parent)
-
-
-def _expert_count(parent: nn.Module) -> int:
-    experts = next(
-        child
-        for name, child in parent.named_children()
-        if isinstance(child, Experts) or name == "experts"
+        if name == "experts"
     )
-    return experts.num_experts if isinstance(experts, Experts) else len(list(experts.children()))
 
 
 def _linear_from_conv1d(conv: Conv1D) -> nn.Linear:
@@ -163,7 +173,7 @@ def _refuse_unknown_layout(fused: nn.Module, path: str) -> None:
             f"{path}: a fused experts module must hold {sorted(expected)}, not {sorted(found)}. "
             f"{type(fused).__name__} cannot be split into one matrix per expert yet."
         )
-    shape = tuple(getattr(fused, "down_proj").shape)
+    shape = tuple(fused.get_parameter("down_proj").shape)
     if len(shape) != 3 or shape[0] != fused.num_experts:
         raise UnsupportedError(
             f"{path}: down_proj must be [experts, out, in] with {fused.num_experts} experts, "

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,8 +80,7 @@ class Source:
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
         shapes: dict[str, tuple[int, int]] = {}
         for index, prefix in enumerate(self.block_names):
-            block = self._copy_block(index)
-            normalise(block)
+            block = self.empty_block(index)
             for name, linear in linears(block).items():
                 shapes[f"{prefix}.{name}"] = (linear.out_features, linear.in_features)
         return shapes
@@ -89,6 +88,12 @@ class Source:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return every quantizable matrix by dotted path as (out, in), without reading weights."""
         return dict(self._linear_shapes)
+
+    def empty_block(self, index: int) -> nn.Module:
+        """Return one normalised decoder block with its parameters on meta; reads nothing."""
+        block = self._copy_block(index)
+        normalise(block)
+        return block
 
     def load_block(self, index: int, dtype: torch.dtype | None = torch.float32) -> nn.Module:
         """Return one decoder block with its weights, normalised to `nn.Linear`, in eval mode.
@@ -126,6 +131,22 @@ class Source:
         for name, tensor in block.state_dict().items():
             yield f"{self.block_names[index]}.{name}", tensor
 
+    def block_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Return the file's type of every tensor of a block, before normalisation; reads nothing."""
+        return {recipe.target: self._dtype(recipe) for recipe in self._block_recipes[index]}
+
+    def rest_entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return (name, type, shape) of what `rest_tensors` yields, without reading it."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton.state_dict().items()}
+        return [
+            (recipe.target, self._dtype(recipe), shapes[recipe.target])
+            for recipe in self._rest_recipes
+            if recipe.target not in self._tied_twice
+        ]
+
+    def _dtype(self, recipe: Recipe) -> torch.dtype:
+        return self.files.entries[recipe.sources[0][0]].dtype
+
     @cached_property
     def _tied_twice(self) -> frozenset[str]:
         """Tied tensors that are stored beside their equal; differing ones are not tied at all."""
@@ -154,17 +175,7 @@ class Source:
         self, recipes: list[Recipe], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, Tensor]]:
         for recipe in recipes:
-            if recipe.converter is None:
-                yield recipe.target, self.files.read(recipe.sources[0][0], dtype)
-                continue
-            converter = copy.deepcopy(recipe.converter)
-            for name, pattern in recipe.sources:
-                tensor = self.files.read(name, dtype)
-                converter.add_tensor(recipe.target, name, pattern, tensor)
-            del tensor  # the converter frees its parts as it merges them
-            converted = converter.convert(recipe.target, model=self.skeleton, config=self.config)
-            for target, value in converted.items():
-                yield target, value[0] if isinstance(value, list) else value
+            yield from _follow(self.skeleton, recipe, self.files.read, dtype)
 
 
 def _resolve(path_or_id: str | Path) -> Path:
@@ -262,18 +273,18 @@ def _plain_default_dtype() -> Iterator[None]:
 
 def _find_blocks(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Return the paths of the decoder blocks: the list of modules that holds most weights."""
-    best, most = "", 0
+    best, length, most = "", 0, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0:
             count = sum(parameter.numel() for parameter in module.parameters())
             if count > most:  # an outer list is visited first and holds no less than an inner one
-                best, most = name, count
+                best, length, most = name, len(module), count
     if not best:
         raise ValueError(
             f"{path}: the model must have a list of decoder blocks, but {type(model).__name__} "
             "has none. Such an architecture cannot be streamed."
         )
-    return tuple(f"{best}.{index}" for index in range(len(model.get_submodule(best))))
+    return tuple(f"{best}.{index}" for index in range(length))
 
 
 def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:
@@ -307,11 +318,12 @@ def _check_complete(
 ) -> frozenset[str]:
     """Refuse a checkpoint that does not fill the model; return the names that tying fills."""
     expected = model.state_dict()
+    produced: dict[str, tuple[int, ...]] = {}
     for recipe in recipes:
-        if recipe.converter is None:
-            found = files.entries[recipe.sources[0][0]].shape
-            _check_shape(recipe.target, found, expected[recipe.target])
-    missing = set(expected).difference(*(_targets(recipe) for recipe in recipes))
+        produced |= _shapes(model, recipe, files)
+    for name, shape in produced.items():
+        _check_shape(name, shape, expected[name])
+    missing = set(expected).difference(produced)
     tied_away: set[str] = set()
     for name, origin in model.all_tied_weights_keys.items():
         if name in missing and origin in expected and origin not in missing:
@@ -328,16 +340,40 @@ def _check_complete(
     return frozenset(tied_away)
 
 
-def _targets(recipe: Recipe) -> set[str]:
-    """Return all model tensors that a recipe fills: a converter may split one into several."""
+def _shapes(
+    model: PreTrainedModel, recipe: Recipe, files: TensorFiles
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a recipe yields, by following it on tensors without storage."""
+
+    def empty(name: str, dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(files.entries[name].shape, device="meta", dtype=dtype)
+
+    try:
+        return {name: tuple(tensor.shape) for name, tensor in _follow(model, recipe, empty, None)}
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{recipe.target}: the stored tensors must fit together, but the {len(recipe.sources)} "
+            f"from {recipe.sources[0][0]!r} on do not. Give a complete checkpoint."
+        ) from error
+
+
+def _follow(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    read: Callable[[str, torch.dtype | None], Tensor],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model tensors of one recipe."""
     if recipe.converter is None:
-        return {recipe.target}
-    patterns = recipe.converter.target_patterns
-    for pattern in patterns:
-        before, matched, after = recipe.target.partition(pattern)
-        if matched:
-            return {before + other + after for other in patterns}
-    return {recipe.target}
+        yield recipe.target, read(recipe.sources[0][0], dtype)
+        return
+    converter = copy.deepcopy(recipe.converter)
+    for name, pattern in recipe.sources:
+        # Nothing else refers to the parts: the converter frees them as it merges them.
+        converter.add_tensor(recipe.target, name, pattern, read(name, dtype))
+    converted = converter.convert(recipe.target, model=model, config=model.config)
+    for target, value in converted.items():
+        yield target, value[0] if isinstance(value, list) else value
 
 
 def _split(
@@ -358,8 +394,8 @@ def _split(
 def _check_shape(name: str, found: tuple[int, ...], expected: Tensor) -> None:
     if tuple(found) != tuple(expected.shape):
         raise ValueError(
-            f"{name}: the stored tensor must have the shape {list(expected.shape)} that config.json "
-            f"implies, not {list(found)}. The weights and the configuration do not belong together."
+            f"{name}: the stored tensor must have the shape {list(expected.shape)} that "
+            f"config.json implies, not {list(found)}. Give the weights that belong to it."
         )
 
 

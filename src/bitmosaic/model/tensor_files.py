@@ -57,9 +57,10 @@ class TensorFiles:
         for path in self.paths:
             for name, entry in read_header(path).items():
                 if name in self.entries:
+                    other = self.entries[name].path.name
                     raise ValueError(
-                        f"{path}: tensor {name!r} must be stored once, but {self.entries[name].path} "
-                        "holds it too. Save the checkpoint again."
+                        f"{path}: tensor {name!r} must be stored once, but {other} holds it too. "
+                        "Save the checkpoint again."
                     )
                 self.entries[name] = entry
         for name, path in weight_map.items():
@@ -70,12 +71,15 @@ class TensorFiles:
                 )
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read one tensor, cast floating ones to `dtype`; NaN or infinite values raise ValueError."""
+        """Read one tensor and cast it to `dtype` if it is floating.
+
+        NaN or infinite values raise ValueError naming the tensor.
+        """
         entry = self.entries[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
-            _read_exactly(file, memoryview(raw.numpy()), entry.path)
+            _read_exactly(file, raw.numpy().data, entry.path)
         tensor = raw.view(entry.dtype).reshape(entry.shape)
         if not tensor.is_floating_point():
             return tensor

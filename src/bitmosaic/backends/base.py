@@ -1,0 +1,47 @@
+"""What every backend offers: whether it can run a packed tensor, and how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmosaic.tensor import QuantizedTensor
+
+
+class Backend(ABC):
+    """Runs packed tensors on some kind of device.
+
+    A backend may repack a tensor privately in `prepare`; that layout is never saved.  Its meaning
+    is `QuantizedTensor.dequantize`, whatever it does for speed: a tensor that a backend
+    `supports` must come out within the arithmetic's own error bound of that.
+    """
+
+    name: ClassVar[str]
+    rank: ClassVar[int]
+    """Backends of higher rank are asked first; the reference has rank 0 and takes everything."""
+
+    @abstractmethod
+    def objection(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
+        """Say in a sentence why `tensor` cannot run on `device` here; None when it can."""
+
+    def supports(self, tensor: QuantizedTensor, device: torch.device) -> bool:
+        """Tell whether `tensor` can run on `device` here."""
+        return self.objection(tensor, device) is None
+
+    @abstractmethod
+    def prepare(self, tensor: QuantizedTensor) -> Any:
+        """Turn a validated tensor into what `linear` and `rows` take, on the tensor's device.
+
+        Raises UnsupportedError with the `objection` for a tensor that is not supported.
+        """
+
+    @abstractmethod
+    def linear(self, x: Tensor, prepared: Any, bias: Tensor | None = None) -> Tensor:
+        """Return x [..., in] times the weight transposed, plus bias: [..., out] in x's dtype."""
+
+    @abstractmethod
+    def rows(self, prepared: Any, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weight's rows (an embedding's entries) at `indices` [...]: [..., in]."""

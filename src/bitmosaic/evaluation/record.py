@@ -1,0 +1,205 @@
+"""One evaluation, from paths to a JSON-clean record of what was measured, on what, with what."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from bitmosaic import __version__
+from bitmosaic.checkpoint import tensor_files
+from bitmosaic.evaluation.divergence import DivergenceResult, divergence
+from bitmosaic.evaluation.overlap import overlap, warn_of_overlap
+from bitmosaic.evaluation.perplexity import Progress, perplexity
+from bitmosaic.evaluation.text import (
+    Tokenizer,
+    document_sequences,
+    read_text,
+    text_digest,
+    token_windows,
+)
+
+__all__ = [
+    "EvaluationText",
+    "divergence_figures",
+    "evaluate",
+    "load_model",
+    "model_digest",
+    "open_text",
+    "versions",
+]
+
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text cut for one tokenizer: where it came from, its documents, and its windows."""
+
+    name: str
+    documents: list[str]
+    windows: Tensor | list[Tensor]
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    seqlen: int,
+    split: str = "test",
+    limit: int | None = None,
+    by_document: bool = False,
+    reference: str | Path | None = None,
+    calibration_documents: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint on a text and return the record.
+
+    Args:
+        model: Checkpoint directory or hub id, quantized or not.
+        text: Any source that `read_text` takes.
+        seqlen: Tokens of a window.
+        split: Split of a text source that has several.
+        limit: Windows (documents where `by_document`) to keep.
+        by_document: Score each document by itself, BOS before it, up to `seqlen` tokens.
+        reference: The original; adds KL divergence, agreement and its own perplexity.
+        calibration_documents: What the model was calibrated on; adds the share of the evaluated
+            text that it contains, with a warning above one hundredth.
+        dtype: Type in which both models compute.
+        device: Where both models run.
+        batch: Windows run at once.
+        progress: Called with (windows done, windows in all).
+    """
+    path = resolve(model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    chosen = open_text(
+        tokenizer, text, seqlen=seqlen, split=split, limit=limit, by_document=by_document
+    )
+    ours = load_model(path, dtype=dtype, device=device)
+    record: dict[str, Any] = {
+        "model": str(model),
+        "model_digest": model_digest(path),
+        "text": chosen.name,
+        "text_digest": text_digest(chosen.documents),
+        "protocol": "documents" if by_document else "windows",
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+    if calibration_documents:
+        used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
+        record["calibration_overlap"] = overlap(calibration_documents, used)
+        warn_of_overlap(record["calibration_overlap"])
+    began = time.monotonic()
+    if reference is None:
+        record |= asdict(perplexity(ours, chosen.windows, batch=batch, progress=progress))
+    else:
+        origin = resolve(reference)
+        theirs = load_model(origin, dtype=dtype, device=device)
+        moved = divergence(ours, theirs, chosen.windows, batch=batch, progress=progress)
+        record |= {"reference": str(reference), "reference_digest": model_digest(origin)}
+        record |= divergence_figures(moved)
+    record["seconds"] = round(time.monotonic() - began, 3)
+    return record
+
+
+def _runs(text: EvaluationText) -> list[Tensor]:
+    """Return the stretches of unbroken text among the tokens that are evaluated."""
+    return [text.windows.flatten()] if isinstance(text.windows, Tensor) else text.windows
+
+
+def divergence_figures(result: DivergenceResult) -> dict[str, Any]:
+    """Flatten a divergence into the keys of a record."""
+    figures = asdict(result)
+    figures |= figures.pop("model")
+    figures["reference_perplexity"] = figures.pop("reference")["perplexity"]
+    return figures
+
+
+def open_text(
+    tokenizer: Tokenizer,
+    text: str | Path,
+    *,
+    seqlen: int,
+    split: str = "test",
+    limit: int | None = None,
+    by_document: bool = False,
+) -> EvaluationText:
+    """Read a text and cut it; the standard library has BOS before each module, as in its rule."""
+    documents = read_text(text, split)
+    name = str(text)
+    windows: Tensor | list[Tensor]
+    if by_document:
+        windows = document_sequences(tokenizer, documents, seqlen, limit=limit, name=name)
+    else:
+        bos_each = name.split(":")[0] == "stdlib" and tokenizer.bos_token_id is not None
+        windows = token_windows(
+            tokenizer, documents, seqlen, limit=limit, bos_each=bos_each, name=name
+        )
+    return EvaluationText(name, documents, windows)
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model, refusing one of which any weight would be made up.
+
+    transformers fills missing weights with random numbers and goes on; that is never what is to be
+    measured.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"{path} must hold every weight of its model, not lack {len(missing)} of them "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Copy it again."
+        )
+    return model.to(device).eval()
+
+
+def model_digest(directory: Path) -> str:
+    """Return the SHA-256 over name, size and content of config.json and of every tensor file."""
+    digest = hashlib.sha256()
+    for path in (directory / "config.json", *tensor_files(directory)):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures may depend on: packages, Python, platform and threads."""
+    names = ("torch", "transformers", "tokenizers")
+    return {
+        "bitmosaic": __version__,
+        **{name: version(name) for name in names},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """Return a local directory for a directory or a hub id."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path_or_id)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"model {str(path_or_id)!r} must be a local directory or a hub id that can be reached, "
+            f"which it is not ({type(error).__name__}). Check the path."
+        ) from error

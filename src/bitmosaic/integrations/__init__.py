@@ -1,0 +1,1 @@
+"""Adapters to other runtimes; each is imported only where that runtime is."""

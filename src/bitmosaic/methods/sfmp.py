@@ -1,0 +1,184 @@
+"""SFMP: search-free mixed precision by tiles of reordered matrices.
+
+X. Nie, H. Zhang, L. Dong, B. Feng, J. Weng, G. Sun, *SFMP: Fine-Grained, Hardware-Friendly and
+Search-Free Mixed-Precision Quantization for Large Language Models*, 2026, arXiv 2602.01027.
+
+The idea: sort the rows and columns of every matrix by Fisher information, so that weights of like
+value lie together; cut the sorted matrix into tiles; give each tile its width by thresholds that
+are global to the model, so that any fractional average is reached without search.
+
+    T[I,J] = sum of F over tile (I,J)          cost C(t,b) = T / (2^b - 1)^2        (score "fisher")
+    C(t,f) = 1/2 sum F (W - W_f)^2                                            (score "fisher_error")
+
+| symbol | variable | meaning |
+|---|---|---|
+| F | fisher | [out, in], sum over sequences of squared gradients of the mean token loss |
+| pi_out, pi_in | out_permutation, in_permutation | new position -> old index |
+| m_b x n_b | tile_out x tile_in | 64 x 128 here, 512 x 128 as published |
+| T | importance | one number a tile |
+
+Deviations, with reasons in docs/methods/sfmp.md: F is accumulated in fp32 (exactly, in fixed
+point), not bf16; the default score multiplies importance by the measured error; one multiplier
+serves any set of formats; a permutation is shared by all consumers of an input and folded into
+neighbours where the algebra allows; AWQ scaling does not rescale F.  Measured: docs/methods/sfmp.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmosaic.allocation import LayerAllocation, solve, two_level
+from bitmosaic.methods.base import (
+    BlockScores,
+    BlockView,
+    RoundedMethod,
+    check_formats,
+    require,
+    require_one_of,
+    tile_costs,
+)
+from bitmosaic.model.structure import Tie, tie_columns
+from bitmosaic.rounding import sorted_order
+
+REORDERS = ("none", "per_matrix", "shared", "folded")
+SOLVERS = ("lagrangian", "two_level")
+
+
+@dataclass(frozen=True)
+class Sfmp(RoundedMethod):
+    """SFMP with the paper's choices and ours as fields.
+
+    Attributes:
+        formats: candidate formats of a tile.
+        tile_out: rows of a tile (512 as published).
+        tile_in: columns of a tile, usually the formats' group.
+        score_by: ``fisher_error`` (ours) or ``fisher`` (the paper's).
+        solver: ``lagrangian`` (one multiplier, any formats) or ``two_level`` (v1's threshold).
+        reorder: ``per_matrix`` sorts rows and columns of each matrix on its own, as published;
+            ``shared`` sorts columns once for all consumers of an input and folds an MLP's inner
+            order into both sides; ``folded`` keeps only orders that cost nothing, those inside an
+            MLP, inside heads, and one of the whole residual stream; ``none`` leaves the order.
+    """
+
+    name: ClassVar[str] = "sfmp"
+
+    formats: tuple[str, ...] = ("int2-g128", "int3-g128", "int4-g128")
+    tile_out: int = 64
+    tile_in: int = 128
+    score_by: str = "fisher_error"
+    solver: str = "lagrangian"
+    reorder: str = "shared"
+
+    def __post_init__(self) -> None:
+        """Check the parameters before any work."""
+        super().__post_init__()
+        check_formats(self.formats, self.score_by)
+        require_one_of("solver", self.solver, SOLVERS)
+        require_one_of("reorder", self.reorder, REORDERS)
+        for side in ("tile_out", "tile_in"):
+            size = getattr(self, side)
+            require(size >= 1, side, "at least 1", size, "Try 64 x 128 or 512 x 128.")
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Fisher information of every weight."""
+        return ("fisher",)
+
+    @property
+    def folds_residual(self) -> bool:
+        """Whether the residual stream is to be reordered as a whole."""
+        return self.reorder == "folded"
+
+    def score(self, block: BlockView) -> BlockScores:
+        """Reorder each matrix, then price its tiles."""
+        weights, fisher = dict(block.weights), dict(block.fisher)
+        ties = self._tie_orders(block)
+        for tie in block.structure.ties:
+            if tie.consumer in ties:
+                _apply_tie(tie, ties[tie.consumer], (weights, fisher))
+        orders = self._orders(block, fisher, ties)
+        tables, importance = [], []
+        for name, weight in weights.items():
+            table, sums = tile_costs(
+                name,
+                weight,
+                fisher[name],
+                (self.tile_out, self.tile_in),
+                self.formats,
+                self.score_by,
+                *orders[name],
+            )
+            tables.append(table)
+            importance.append(sums)
+        return BlockScores(tables, importance, ties)
+
+    def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
+        """Choose formats by one multiplier, or by v1's threshold between two widths."""
+        tables = [table for part in scores for table in part.tables]
+        if self.solver == "lagrangian":
+            return solve(tables, budget)
+        return two_level(tables, [sums for part in scores for sums in part.importance], budget)
+
+    def _tie_orders(self, block: BlockView) -> dict[str, Tensor]:
+        """Sort the channels of each tie by the Fisher sum of all rows and columns they touch."""
+        if self.reorder not in ("shared", "folded"):
+            return {}
+        orders = {}
+        for tie in block.structure.ties:
+            score = torch.zeros(tie.size, dtype=torch.float64)
+            for name, copies in tie.producers.items():
+                rows = block.fisher[name].sum(1, dtype=torch.float64)
+                score += rows.view(copies, tie.size).sum(0)
+            columns = block.fisher[tie.consumer].sum(0, dtype=torch.float64)
+            score += columns.view(-1, tie.repeat, tie.segment).sum(1).flatten()
+            segments = score.view(-1, tie.segment)
+            order = torch.argsort(segments, dim=1, descending=True, stable=True)
+            starts = torch.arange(0, tie.size, tie.segment)[:, None]
+            orders[tie.consumer] = (order + starts).flatten()
+        return orders
+
+    def _orders(
+        self, block: BlockView, fisher: dict[str, Tensor], ties: dict[str, Tensor]
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Choose (in_permutation, out_permutation) of every layer; None where folded or unwanted."""
+        if self.reorder in ("none", "folded"):
+            return dict.fromkeys(fisher, (None, None))
+        columns = {name: part.sum(0, dtype=torch.float64) for name, part in fisher.items()}
+        rows = {name: part.sum(1, dtype=torch.float64) for name, part in fisher.items()}
+        if self.reorder == "shared":
+            for group in block.structure.inputs:
+                total = sum(columns[name] for name in group.linears)
+                columns |= dict.fromkeys(group.linears, total)
+        free = [tie for tie in block.structure.ties if tie.consumer in ties and _is_free(tie)]
+        sorted_columns = {tie.consumer for tie in free}
+        sorted_rows = {name for tie in free for name in tie.producers}
+        return {
+            name: (
+                None if name in sorted_columns else sorted_order(columns[name]),
+                None if name in sorted_rows else sorted_order(rows[name]),
+            )
+            for name in fisher
+        }
+
+
+def _is_free(tie: Tie) -> bool:
+    """Whether any order of the tie's channels is allowed, so that nothing is left to sort."""
+    return tie.segment == tie.size and tie.repeat == 1 and set(tie.producers.values()) == {1}
+
+
+def _apply_tie(tie: Tie, order: Tensor, tables: tuple[dict[str, Tensor], ...]) -> None:
+    """Reorder producers' rows and the consumer's columns in weights and Fisher alike."""
+    columns = tie_columns(tie, order)
+    for table in tables:
+        table[tie.consumer] = table[tie.consumer][:, columns]
+        for name, copies in tie.producers.items():
+            rows = torch.cat([order + copy * tie.size for copy in range(copies)])
+            table[name] = table[name][rows]
+
+
+METHOD = Sfmp

@@ -1,0 +1,394 @@
+"""Running a model block by block over calibration samples, forward and backward.
+
+Only one decoder block is in memory at a time. The forward sweep keeps the inputs of each block; the
+backward sweep takes the gradient of each sample's loss from the last block to the first, running
+each block once more from its kept inputs:
+
+    embed ─▶ inputs(0) ─forward(0)─▶ inputs(1) ─ … ─forward(n-1)─▶ inputs(n) ─loss_gradients─▶ dL/dx
+                │                       │                                                        │
+                └─────── backward(0) ◀──┴──────────── … ◀── backward(n-1) ◀──────────────────────┘
+
+What surrounds the blocks (embeddings, masks, positions, final norm, head) is never rebuilt here:
+the model's own forward runs, with its blocks replaced by stubs that record how they are called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from bitmosaic.formats.base import UnsupportedError
+from bitmosaic.model.experts import linears
+from bitmosaic.model.kept import KeptStates
+from bitmosaic.model.source import Source
+from bitmosaic.model.stub import (
+    BlockReachedError,
+    Call,
+    Stub,
+    equal,
+    hidden_of,
+    install_stubs,
+    pass_on,
+    wrap_like,
+)
+
+# Logits of a chunk of tokens. The loss holds about four tensors of this size at once: 64 MiB keep
+# a vocabulary of 256 000 below 300 MB, where all logits of 2048 tokens would take 8 GB.
+_LOGIT_BYTES = 64 * 2**20
+
+Observer = Callable[[int, Tensor], None]
+OnGradient = Callable[[str, int, Tensor], None]
+
+
+class Sweep:
+    """Calibration samples on their way through the blocks of a model.
+
+    `memory_cap` bounds the bytes of kept block inputs and gradients in memory; what exceeds it goes
+    to nameless files in `directory` (default: the system's directory for temporary files). Where
+    the states lie changes no bit of any result.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        memory_cap: int | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        """Take the samples, token ids [samples, tokens]; nothing runs yet."""
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or min(tokens.shape) < 1:
+            raise ValueError(
+                "Calibration tokens must be int64 of shape (samples, tokens), "
+                f"not {tokens.dtype} of shape {tuple(tokens.shape)}. Cut the text into windows."
+            )
+        if tokens.shape[1] < 2:
+            raise ValueError(
+                "A calibration sample must have at least 2 tokens, since each predicts the next, "
+                f"not {tokens.shape[1]}. Use longer windows."
+            )
+        if memory_cap is not None and memory_cap < 0:
+            raise ValueError(
+                f"memory_cap must be a number of bytes or None, not {memory_cap!r}. "
+                "Use 0 for files only."
+            )
+        self.source = source
+        self.tokens = tokens
+        self.dtype = dtype
+        self._memory_cap = memory_cap
+        self._directory = directory
+        self._calls: list[Call] = []
+        self._wrap: Callable[[Tensor], Any] = pass_on
+        self._shape: tuple[int, int, int] | None = None
+        self._inputs: dict[int, KeptStates] = {}
+        self._gradients: KeptStates | None = None
+        self._gradient_index = -1
+
+    def __enter__(self) -> Sweep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release all kept states."""
+        for index in list(self._inputs):
+            self._drop_inputs(index)
+        if self._gradients is not None:
+            self._gradients.release()
+            self._gradients = None
+
+    @property
+    def block_count(self) -> int:
+        """How many decoder blocks the model has."""
+        return len(self.source.block_names)
+
+    @torch.no_grad()
+    def embed(self) -> None:
+        """Run all that comes before the blocks; keep what block 0 gets and how blocks are called.
+
+        Raises UnsupportedError for a model whose blocks are called differently from sample to
+        sample, or that hands state from block to block beside the hidden states.
+        """
+        rest = self.source.load_rest(self.dtype)
+        self._check_vocabulary(rest)
+        stubs = install_stubs(rest, self.source.block_names)
+        wrap = self._learn_return(rest, stubs)
+        for stub in stubs:
+            stub.wrap = wrap
+        stubs[-1].stops = True  # what follows the blocks is not wanted here, least of all logits
+        kept: KeptStates | None = None
+        for sample, window in enumerate(self.tokens):
+            with suppress(BlockReachedError):
+                rest(input_ids=window[None], use_cache=False)
+            calls = [stub.recorded() for stub in stubs]
+            hidden = stubs[0].hidden
+            if kept is None:
+                self._wrap, self._calls = wrap, calls
+                self._shape = (len(self.tokens), hidden.shape[1], hidden.shape[2])
+                kept = self._new_states()
+            elif not equal(calls, self._calls):
+                raise UnsupportedError(
+                    f"{type(rest).__name__} must call its blocks alike for all samples of one "
+                    f"length, but sample {sample} differs from sample 0. It passes values that "
+                    "depend on the tokens to its blocks and cannot be streamed yet."
+                )
+            kept.write(sample, hidden)
+        assert kept is not None  # there is at least one sample
+        self._keep_inputs(0, kept)
+
+    def inputs(self, index: int) -> KeptStates:
+        """Return the kept inputs of a block, one [1, tokens, hidden] a sample.
+
+        `inputs(block_count)` are the outputs of the last block.
+        """
+        if index not in self._inputs:
+            raise ValueError(
+                f"The inputs of block {index} must be kept to be read, and only those of "
+                f"{sorted(self._inputs)} are. Run embed and forward up to it, with keep_inputs."
+            )
+        return self._inputs[index]
+
+    def restore_inputs(self, index: int, states: Tensor) -> None:
+        """Set the inputs of a block to a saved `inputs(index).stacked()`, to resume there."""
+        self._keep_inputs(index, self._copied(states, f"The inputs of block {index}"))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        index: int,
+        block: nn.Module,
+        *,
+        observe: Mapping[str, Observer] | None = None,
+        keep_inputs: bool = True,
+    ) -> None:
+        """Run one block on all samples; its outputs are the inputs of the next.
+
+        `observe` maps names of linears in the block to callbacks that get (sample, x [tokens, in])
+        for what reaches them. `keep_inputs` False gives the inputs up after the run, where no
+        backward sweep will need them.
+        """
+        inputs = self.inputs(index)
+        outputs = self._new_states()
+        for sample, hidden in enumerate(inputs):
+            with _observed(block, sample, observe or {}):
+                outputs.write(sample, self.run(index, block, hidden))
+        self._keep_inputs(index + 1, outputs)
+        if not keep_inputs:
+            self._drop_inputs(index)
+
+    def loss_gradients(self) -> Tensor:
+        """Start the backward sweep with dL_s/dx at the output of the last block.
+
+        L_s is the mean next-token cross-entropy of sample s, in float32 or wider. Returns the
+        losses, float64 [samples]. The outputs of the last block are given up.
+        """
+        outputs = self.inputs(self.block_count)
+        rest = self.source.load_rest(self.dtype)
+        stubs = install_stubs(rest, self.source.block_names)
+        for stub in stubs:
+            stub.wrap = self._wrap
+        gradients = self._new_states()
+        losses = torch.zeros(len(outputs), dtype=torch.float64)
+        for sample, hidden in enumerate(outputs):
+            losses[sample], gradient = _loss_gradient(rest, stubs[-1], self.tokens[sample], hidden)
+            gradients.write(sample, gradient)
+        self._set_gradients(self.block_count, gradients)
+        self._drop_inputs(self.block_count)
+        return losses
+
+    def backward(self, index: int, block: nn.Module, on_gradient: OnGradient) -> None:
+        """Take every sample's gradient back through one block.
+
+        `on_gradient(name, sample, gradient)` gets dL_s/dW [out, in] of each linear, in float32 or
+        wider, as soon as it is complete; it is freed on return. A linear that no token reached,
+        as in an unrouted expert, gives no call. The block's kept inputs are given up at the end; if
+        the run is broken off before, the state stays that of before the call.
+        """
+        if self._gradients is None or self._gradient_index != index + 1:
+            raise ValueError(
+                f"The backward sweep must go from the last block to the first, so block {index} "
+                f"cannot follow on gradients at block {self._gradient_index}. Run loss_gradients "
+                "and the blocks after it first."
+            )
+        inputs = self.inputs(index)
+        before = self._new_states()
+        for sample, hidden in enumerate(inputs):
+            hidden.requires_grad_()
+            with _gradients_handed(block, sample, on_gradient), torch.enable_grad():
+                output = self.run(index, block, hidden)
+                torch.autograd.backward(output, self._gradients[sample])
+            assert hidden.grad is not None
+            before.write(sample, hidden.grad)
+        self._set_gradients(index, before)
+        self._drop_inputs(index)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The state of the backward sweep between two blocks, to be saved and set again.
+
+        `index` is the block whose inputs `states` [samples, tokens, hidden] are the gradients of.
+        To resume: embed, forward (or `restore_inputs`) up to the block before `index`, set this.
+        """
+        if self._gradients is None:
+            raise ValueError("The backward sweep must have begun. Run loss_gradients first.")
+        index = torch.tensor([self._gradient_index], dtype=torch.int64)
+        return {"index": index, "states": self._gradients.stacked()}
+
+    @gradients.setter
+    def gradients(self, state: Mapping[str, Tensor]) -> None:
+        index = int(state["index"])
+        if not 0 <= index <= self.block_count:
+            raise ValueError(
+                f"Gradients must belong to a block within 0 and {self.block_count}, not {index}. "
+                "They are of another model; run the backward sweep again."
+            )
+        self._set_gradients(index, self._copied(state["states"], "Saved gradients"))
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a block on hidden states [1, tokens, hidden] with the arguments its model passes."""
+        call = self._calls[index]
+        return hidden_of(block(hidden, *call.arguments, **call.keywords))
+
+    def _learn_return(self, rest: PreTrainedModel, stubs: list[Stub]) -> Callable[[Tensor], Any]:
+        """Run block 0 really, once: stubs must return what blocks return, a tensor or a tuple."""
+        stubs[0].stops = True
+        with suppress(BlockReachedError):
+            rest(input_ids=self.tokens[:1], use_cache=False)
+        stubs[0].stops = False
+        hidden, call = stubs[0].hidden, stubs[0].recorded()
+        block = self.source.load_block(0, self.dtype)
+        output = block(hidden.clone(), *call.arguments, **call.keywords)
+        if hidden.dim() != 3 or hidden_of(output).shape != hidden.shape:
+            raise UnsupportedError(
+                "A decoder block must take and return hidden states of one shape (1, tokens, "
+                f"hidden), not {tuple(hidden.shape)} and {tuple(hidden_of(output).shape)}. "
+                "This architecture cannot be streamed yet."
+            )
+        return wrap_like(output)
+
+    def _check_vocabulary(self, rest: PreTrainedModel) -> None:
+        size = rest.get_input_embeddings().weight.shape[0]
+        smallest, largest = int(self.tokens.min()), int(self.tokens.max())
+        if smallest < 0 or largest >= size:
+            raise ValueError(
+                f"Calibration tokens must be within 0 and {size - 1}, "
+                f"not {smallest} and {largest}. Use the tokenizer of this model."
+            )
+
+    def _new_states(self) -> KeptStates:
+        """Reserve room for one state of every sample, in memory as far as the cap allows."""
+        if self._shape is None:
+            raise ValueError("The samples must be embedded first. Run embed.")
+        size = math.prod(self._shape) * self.dtype.itemsize
+        used = sum(states.bytes_in_memory for states in self._inputs.values())
+        if self._gradients is not None:
+            used += self._gradients.bytes_in_memory
+        in_memory = self._memory_cap is None or used + size <= self._memory_cap
+        return KeptStates(self._shape, self.dtype, in_memory=in_memory, directory=self._directory)
+
+    def _copied(self, states: Tensor, what: str) -> KeptStates:
+        """Keep saved states, which must be those of these samples and this model."""
+        result = self._new_states()
+        if tuple(states.shape) != result.shape or states.dtype != result.dtype:
+            raise ValueError(
+                f"{what} must be {result.dtype} of shape {result.shape}, "
+                f"not {states.dtype} of shape {tuple(states.shape)}. They are of another run."
+            )
+        for sample, state in enumerate(states):
+            result.write(sample, state)
+        return result
+
+    def _keep_inputs(self, index: int, states: KeptStates) -> None:
+        self._drop_inputs(index)
+        self._inputs[index] = states
+
+    def _drop_inputs(self, index: int) -> None:
+        if index in self._inputs:
+            self._inputs.pop(index).release()
+
+    def _set_gradients(self, index: int, states: KeptStates) -> None:
+        if self._gradients is not None:
+            self._gradients.release()
+        self._gradients, self._gradient_index = states, index
+
+
+def _loss_gradient(
+    rest: PreTrainedModel, last: Stub, window: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a sample's loss and its gradient at the output of the last block.
+
+    What follows the blocks treats each token by itself, so it runs on a chunk of tokens at a time:
+    the last stub returns the chunk's hidden states in the place of its own.
+    """
+    predictions = len(window) - 1
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    vocabulary = rest.config.get_text_config().vocab_size
+    step = max(1, _LOGIT_BYTES // (vocabulary * wide.itemsize))
+    gradient = torch.zeros_like(hidden)  # the last token predicts nothing
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, predictions, step):
+        stop = min(start + step, predictions)
+        chunk = hidden[:, start:stop].clone().requires_grad_()
+        last.replacement = chunk
+        with torch.enable_grad():
+            logits = rest(input_ids=window[None, start:stop], use_cache=False).logits
+            targets = window[start + 1 : stop + 1]
+            loss = functional.cross_entropy(logits[0].to(wide), targets, reduction="sum")
+            loss = loss / predictions
+            loss.backward()
+        assert chunk.grad is not None
+        gradient[:, start:stop] = chunk.grad
+        total += loss.detach()
+    last.replacement = None
+    return total, gradient
+
+
+@contextmanager
+def _observed(block: nn.Module, sample: int, observe: Mapping[str, Observer]) -> Iterator[None]:
+    """Hand what reaches the named linears to their observers."""
+    handles = []
+    for name, observer in observe.items():
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Observer = observer) -> None:
+            observer(sample, inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+        handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _gradients_handed(block: nn.Module, sample: int, on_gradient: OnGradient) -> Iterator[None]:
+    """Hand each linear's weight gradient over when it is complete, and free it at once."""
+    handles = []
+    matrices = linears(block)
+    for name, linear in matrices.items():
+
+        def hook(weight: Tensor, name: str = name) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            on_gradient(name, sample, gradient.to(wide))
+
+        linear.weight.requires_grad_()
+        handles.append(linear.weight.register_post_accumulate_grad_hook(hook))
+    try:
+        yield
+    finally:
+        for handle, linear in zip(handles, matrices.values(), strict=True):
+            handle.remove()
+            linear.weight.grad = None
+            linear.weight.requires_grad_(False)

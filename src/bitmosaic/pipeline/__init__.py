@@ -1,0 +1,15 @@
+"""calibrate -> allocate -> quantize: one decoder block in memory, each stage a file, all resumable."""
+
+from bitmosaic.pipeline.allocate import allocate, plan_budget, score
+from bitmosaic.pipeline.calibrate import Statistics, calibrate
+from bitmosaic.pipeline.quantize import QuantizeOptions, quantize
+
+__all__ = [
+    "QuantizeOptions",
+    "Statistics",
+    "allocate",
+    "calibrate",
+    "plan_budget",
+    "quantize",
+    "score",
+]

@@ -1,0 +1,284 @@
+"""allocate: score every tile once, then solve for any budget in seconds.
+
+Scoring streams the model's blocks past the method; its tables are small and kept on disk, so a
+second budget needs neither weights nor statistics.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmosaic import checkpoint
+from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts
+from bitmosaic.methods import Method
+from bitmosaic.methods.base import BlockScores, BlockView
+from bitmosaic.model.experts import linears
+from bitmosaic.model.residual import residual_permutable
+from bitmosaic.model.source import Source
+from bitmosaic.model.structure import Structure, permute_residual_block
+from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.common import Structures, Track, block_file, blocks, claim, digest, quiet
+from bitmosaic.pipeline.output import OutputPlan
+
+
+def allocate(
+    source: Source,
+    method: Method,
+    budget: Budget,
+    *,
+    statistics: Statistics | None = None,
+    plan: OutputPlan | None = None,
+    cache: Path | None = None,
+    track: Track = quiet,
+) -> Allocation:
+    """Decide the format of every tile of the model under a byte budget.
+
+    `plan` says how embeddings and head are stored, which a budget of the whole size must know.
+    `cache` (default: beside the statistics) keeps the scores, so that another budget costs seconds.
+    """
+    plan = plan or OutputPlan(source)
+    check_budget(source, method, budget, plan)
+    scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
+    layers = plan_budget(method, scores, budget, plan)
+    allocation = Allocation(
+        layers=layers,
+        recipe={"method": method.name, "parameters": method.parameters(), "budget": str(budget)},
+        ties={name: order for part in scores for name, order in part.ties.items()},
+        residual=residual,
+    )
+    return allocation
+
+
+def score(
+    source: Source,
+    method: Method,
+    *,
+    statistics: Statistics | None = None,
+    cache: Path | None = None,
+    track: Track = quiet,
+) -> tuple[list[BlockScores], Tensor | None]:
+    """Score all tiles of the model, block by block: tables with full names, and the residual order."""
+    if method.statistics:
+        if statistics is None:
+            raise ValueError(
+                f"method {method.name} must have statistics ({', '.join(method.statistics)}). "
+                "Give calibration text, or a directory made by `bitmosaic calibrate`."
+            )
+        statistics.check_model(source)
+        missing = sorted(set(method.statistics) - set(statistics.manifest["statistics"]))
+        if missing:
+            raise ValueError(
+                f"{statistics.directory} must hold {', '.join(missing)} for method {method.name}. "
+                "Calibrate with these statistics."
+            )
+    key = digest([method.name, method.score_parameters()])[:16]
+    if cache is None and statistics is not None:
+        cache = statistics.directory
+    directory = None if cache is None else cache / f"scores-{method.name}-{key}"
+    if directory is not None:
+        identity = {
+            "model": source.digest,
+            "method": method.name,
+            "parameters": method.score_parameters(),
+            "statistics": None if statistics is None else statistics.manifest,
+        }
+        claim(directory, "scores.json", identity, "Delete that directory.")
+    scorer = _Scorer(source, method, statistics)
+    residual = _residual_order(scorer, directory, track)
+    parts = []
+    for index in blocks(source, track, "score"):
+        path = None if directory is None else block_file(directory, index)
+        part = None if path is None else _load(path)
+        if part is None:
+            part = scorer.score(index, residual)
+            if path is not None:
+                _save(path, part)
+        parts.append(_renamed(part, source.block_names[index]))
+    return parts, residual
+
+
+def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPlan) -> None:
+    """Refuse, before any work, a budget that no choice of the method's formats can meet."""
+    candidates = getattr(method, "formats", ())
+    if not candidates:
+        return  # methods with one format find out from shapes alone, in no time
+    shapes = source.linear_shapes()
+    tile = (getattr(method, "tile_out", None), getattr(method, "tile_in", None))
+    tables = [shape_table(name, shape, tile, candidates) for name, shape in shapes.items()]
+    plan.check(tables, budget)
+
+
+def shape_table(
+    name: str,
+    shape: tuple[int, int],
+    tile: tuple[int | None, int | None],
+    candidates: tuple[str, ...],
+) -> TileCosts:
+    """Build a table without costs, for questions about bytes only."""
+    from_shape = torch.zeros(
+        (
+            len(candidates),
+            -(-shape[0] // min(tile[0] or shape[0], shape[0])),
+            -(-shape[1] // min(tile[1] or shape[1], shape[1])),
+        ),
+        dtype=torch.float64,
+    )
+    cut = (min(tile[0] or shape[0], shape[0]), min(tile[1] or shape[1], shape[1]))
+    return TileCosts(name, shape, cut, candidates, from_shape)
+
+
+def plan_budget(
+    method: Method, scores: list[BlockScores], budget: Budget, plan: OutputPlan
+) -> dict[str, Any]:
+    """Solve for a budget; for one of the whole size, count headers and all other tensors exactly."""
+    weights = sum(t.shape[0] * t.shape[1] for part in scores for t in part.tables)
+    if budget.bits is not None:
+        return method.allocate(scores, int(budget.bits * weights / 8))
+    size = plan.resolve(budget)
+    allowed = size - plan.fixed_upper_bound([t for part in scores for t in part.tables])
+    best: dict[str, Any] | None = None
+    for _ in range(8):
+        if allowed <= 0:
+            break
+        layers = method.allocate(scores, allowed)
+        left = size - plan.total_bytes(layers)
+        if left >= 0:
+            if best is not None and left >= size - plan.total_bytes(best):
+                return best
+            best = layers
+            if left < 64:
+                return best
+        allowed += left
+    if best is None:
+        raise BudgetError(
+            f"size must be more than {size - allowed:,} bytes, which embeddings, norms and headers "
+            f"take already, not {size:,}. Use a larger size or smaller embedding formats."
+        )
+    return best
+
+
+class _Scorer:
+    """Brings blocks before a method in the order that the residual stream is to have."""
+
+    def __init__(self, source: Source, method: Method, statistics: Statistics | None) -> None:
+        self.source, self.method, self.statistics = source, method, statistics
+        self.structures = Structures(source)
+
+    def score(self, index: int, residual: Tensor | None) -> BlockScores:
+        block = self.source.load_block(index)
+        found = self.structures.of(index, block)
+        fisher = self._fisher(index)
+        if residual is not None:
+            permute_residual_block(block, found, residual)
+            fisher = _permute_residual(fisher, found, residual)
+        weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
+        view = BlockView(weights, found, fisher)
+        return self.method.score(view)
+
+    def _fisher(self, index: int) -> dict[str, Tensor]:
+        if "fisher" not in self.method.statistics or self.statistics is None:
+            return {}
+        return self.statistics.read(index, "fisher")
+
+
+def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Tensor | None:
+    """Order the residual stream by the Fisher information of all that reads and writes it."""
+    if not scorer.method.folds_residual:
+        return None
+    path = None if directory is None else directory / "residual.safetensors"
+    if path is not None and path.is_file():
+        return checkpoint.read_tensors(path)[0]["residual"].long()
+    if not residual_permutable(scorer.source):
+        raise ValueError(
+            f"reorder must not be 'folded' for {type(scorer.source.skeleton).__name__}, whose "
+            "residual stream cannot be shown to be reorderable. Use reorder 'shared'."
+        )
+    total = torch.zeros(())
+    assert scorer.statistics is not None
+    for index in blocks(scorer.source, track, "residual"):
+        found = scorer.structures.of(index, scorer.source.load_block(index))
+        columns = scorer.statistics.read(index, "fisher", "columns")
+        rows = scorer.statistics.read(index, "fisher", "rows")
+        readers = [name for group in found.inputs if group.reads_residual for name in group.linears]
+        total = total + sum(columns[name] for name in readers)
+        total = total + sum(rows[name] for name in found.residual_writers)
+    order = torch.argsort(total, descending=True, stable=True)
+    if path is not None:
+        checkpoint.write_tensors(path, {"residual": order.to(torch.int32)})
+    return order
+
+
+def _permute_residual(
+    tables: dict[str, Tensor], found: Structure, order: Tensor
+) -> dict[str, Tensor]:
+    """Reorder the columns of residual readers and the rows of residual writers."""
+    moved = dict(tables)
+    for group in found.inputs:
+        if group.reads_residual:
+            for name in group.linears:
+                moved[name] = moved[name][:, order]
+    for name in found.residual_writers:
+        moved[name] = moved[name][order]
+    return moved
+
+
+def _renamed(part: BlockScores, prefix: str) -> BlockScores:
+    """Give tables and ties their names in the whole model."""
+    return BlockScores(
+        [replace(table, name=f"{prefix}.{table.name}") for table in part.tables],
+        part.importance,
+        {f"{prefix}.{name}": order for name, order in part.ties.items()},
+    )
+
+
+def _save(path: Path, part: BlockScores) -> None:
+    tensors: dict[str, Tensor] = {f"{name}.tie": order for name, order in part.ties.items()}
+    described = []
+    for table in part.tables:
+        described.append(
+            {
+                "name": table.name,
+                "shape": table.shape,
+                "tile": table.tile,
+                "formats": table.formats,
+            }
+        )
+        tensors[f"{table.name}.cost"] = table.cost
+        for side in ("in_permutation", "out_permutation"):
+            if (order := getattr(table, side)) is not None:
+                tensors[f"{table.name}.{side}"] = order
+    for table, sums in zip(part.tables, part.importance, strict=False):
+        tensors[f"{table.name}.importance"] = sums
+    checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
+
+
+def _load(path: Path) -> BlockScores | None:
+    if not path.is_file():
+        return None
+    tensors, metadata = checkpoint.read_tensors(path)
+    tables, importance = [], []
+    for described in json.loads(metadata["tables"]):
+        name = described["name"]
+        tables.append(
+            TileCosts(
+                name,
+                tuple(described["shape"]),
+                tuple(described["tile"]),
+                tuple(described["formats"]),
+                tensors[f"{name}.cost"],
+                tensors.get(f"{name}.in_permutation"),
+                tensors.get(f"{name}.out_permutation"),
+            )
+        )
+        if f"{name}.importance" in tensors:
+            importance.append(tensors[f"{name}.importance"])
+    ties = {
+        name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
+    }
+    return BlockScores(tables, importance, ties)

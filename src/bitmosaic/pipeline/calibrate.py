@@ -1,0 +1,188 @@
+"""calibrate: measure the statistics that allocation needs, block by block.
+
+Forward over all blocks keeping their inputs, then backward from the last block to the first.  A
+block's statistics are complete when its turn ends and are written at once; the gradient that goes
+on to the block before is written with them, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmosaic import checkpoint, statistics
+from bitmosaic.model.experts import linears
+from bitmosaic.model.source import Source
+from bitmosaic.model.sweep import Sweep
+from bitmosaic.pipeline.common import (
+    Track,
+    block_file,
+    blocks,
+    claim,
+    quiet,
+    read_json,
+    tokens_digest,
+)
+
+MANIFEST = "statistics.json"
+_GRADIENTS = "gradients.safetensors"
+DEFAULT_MEMORY_CAP = 1 << 30
+"""Bytes of block inputs kept in memory; beyond it they go to files."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A finished statistics directory."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Statistics:
+        """Open what `calibrate` wrote; refuse an unfinished one."""
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} must hold {MANIFEST}. Make statistics with `bitmosaic calibrate`."
+            )
+        manifest = read_json(path)
+        missing = [
+            index
+            for index in range(manifest["blocks"])
+            if not block_file(directory, index).is_file()
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"{directory} must hold statistics of all {manifest['blocks']} blocks, but "
+                f"{len(missing)} are missing. Run the same `bitmosaic calibrate` to finish."
+            )
+        return cls(directory, manifest)
+
+    def check_model(self, source: Source) -> None:
+        """Refuse statistics of another model."""
+        if self.manifest["model"] != source.digest:
+            raise ValueError(
+                f"{self.directory} must hold statistics of {source.path}, but they are of another "
+                "model. Calibrate this model."
+            )
+
+    def read(self, index: int, statistic: str, part: str = "") -> dict[str, Tensor]:
+        """Read one statistic of all layers of a block: name relative to the block -> tensor.
+
+        `part` may be ``rows`` or ``columns``: the float64 sums of a [out, in] statistic.
+        """
+        suffix = f".{statistic}" + (f".{part}" if part else "")
+        path = block_file(self.directory, index)
+        names = [name for name in checkpoint.read_entries(path) if name.endswith(suffix)]
+        tensors, _ = checkpoint.read_tensors(path, names)
+        return {name.removesuffix(suffix): tensor for name, tensor in tensors.items()}
+
+
+def calibrate(
+    source: Source,
+    tokens: Tensor,
+    directory: Path,
+    *,
+    names: Sequence[str] = ("fisher",),
+    memory_cap: int = DEFAULT_MEMORY_CAP,
+    track: Track = quiet,
+    text: str = "",
+) -> Statistics:
+    """Measure statistics of all linear layers over calibration sequences [samples, tokens].
+
+    The same call goes on with an interrupted run of the same model, tokens and statistics.
+    `text` (a digest) is kept in the manifest, so that evaluation can tell calibration text.
+    """
+    for name in names:
+        if statistics.get(name).observes != "gradient":
+            raise ValueError(
+                f"statistics must be measured from gradients here, not {name!r}. "
+                "Statistics of inputs are measured while quantizing."
+            )
+    identity = {
+        "version": 1,
+        "model": source.digest,
+        "tokens": tokens_digest(tokens),
+        "samples": tokens.shape[0],
+        "seqlen": tokens.shape[1],
+        "statistics": list(names),
+        "blocks": len(source.block_names),
+        "text": text,
+    }
+    claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
+    last = _unfinished(directory, len(source.block_names))
+    if last >= 0:
+        with Sweep(source, tokens, memory_cap=memory_cap, directory=directory) as sweep:
+            _sweep(source, sweep, directory, names, last, track)
+    (directory / _GRADIENTS).unlink(missing_ok=True)
+    return Statistics.open(directory)
+
+
+def _unfinished(directory: Path, count: int) -> int:
+    """Return the last block without statistics; -1 when all have them."""
+    index = count - 1
+    while index >= 0 and block_file(directory, index).is_file():
+        index -= 1
+    return index
+
+
+def _sweep(
+    source: Source,
+    sweep: Sweep,
+    directory: Path,
+    names: Sequence[str],
+    last: int,
+    track: Track,
+) -> None:
+    saved = directory / _GRADIENTS
+    resumed = last < sweep.block_count - 1
+    sweep.embed()
+    # A resumed run needs the inputs up to the block it goes on with; a fresh one also the outputs.
+    forward = range(last if resumed else sweep.block_count)
+    for index in track(forward, "forward", len(forward)):
+        sweep.forward(index, source.load_block(index))
+    if resumed:
+        state, _ = checkpoint.read_tensors(saved)
+        # The gradient of an earlier step is left if the run stopped between the two writes below:
+        # then the step whose statistics exist is repeated for its gradient alone.
+        sweep.gradients = state
+        last = int(state["index"]) - 1
+        for index in range(len(forward), last):
+            sweep.forward(index, source.load_block(index))
+    else:
+        sweep.loss_gradients()
+        checkpoint.write_tensors(saved, sweep.gradients)
+    for index in track(range(last, -1, -1), "backward", last + 1):
+        block = source.load_block(index)
+        measured = _backward(index, sweep, block, names)
+        checkpoint.write_tensors(block_file(directory, index), measured)
+        checkpoint.write_tensors(saved, sweep.gradients)
+
+
+def _backward(
+    index: int, sweep: Sweep, block: nn.Module, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Take the gradients through one block and return its finished statistics."""
+    sums = {
+        (name, layer): statistics.get(name)(tuple(linear.weight.shape))
+        for layer, linear in linears(block).items()
+        for name in names
+    }
+
+    def collect(layer: str, sample: int, gradient: Tensor) -> None:
+        for name in names:
+            sums[name, layer].update(gradient)
+
+    sweep.backward(index, block, collect)
+    measured: dict[str, Tensor] = {}
+    for name, layer in list(sums):
+        value = sums.pop((name, layer)).value()
+        measured[f"{layer}.{name}"] = value
+        measured[f"{layer}.{name}.rows"] = value.sum(1, dtype=torch.float64)
+        measured[f"{layer}.{name}.columns"] = value.sum(0, dtype=torch.float64)
+    return measured

@@ -1,0 +1,110 @@
+"""What the stages share: progress, run directories and the view of one block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmosaic import checkpoint
+from bitmosaic.model.source import Source
+from bitmosaic.model.structure import Structure, signature, structure
+from bitmosaic.model.sweep import Sweep
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Wraps an iterable to show progress: (items, description, total) -> items."""
+
+
+def quiet(items: Iterable[Any], description: str, total: int) -> Iterable[Any]:
+    """Track nothing."""
+    return items
+
+
+class Structures:
+    """Structures of a model's blocks, found once for each kind of block."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._found: dict[object, Structure] = {}
+        self._sweep: Sweep | None = None
+
+    def of(self, index: int, block: nn.Module) -> Structure:
+        """Return the structure of a block, proving it on the first of its kind."""
+        key = signature(block)
+        if key not in self._found:
+            sweep = self._probe()
+            hidden = sweep.inputs(0)[0]
+            self._found[key] = structure(
+                block, lambda candidate: sweep.run(index, candidate, hidden)
+            )
+        return self._found[key]
+
+    def _probe(self) -> Sweep:
+        """A short fixed input that brings each block its masks and positions."""
+        if self._sweep is None:
+            count = min(8, getattr(self._source.config, "max_position_embeddings", 8))
+            tokens = torch.arange(count)[None] % self._source.config.vocab_size
+            self._sweep = Sweep(self._source, tokens)
+            self._sweep.embed()
+        return self._sweep
+
+
+def digest(value: Any) -> str:
+    """Hash plain JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tokens_digest(tokens: Tensor) -> str:
+    """Hash calibration tokens with their shape."""
+    head = str(tuple(tokens.shape)).encode()
+    return hashlib.sha256(head + tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that a stage wrote."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be readable JSON, but {error}. Run that stage again.") from (
+            error
+        )
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object. Run that stage again.")
+    return value
+
+
+def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) -> None:
+    """Make a directory ours for a run with this identity, or refuse if another's lies there."""
+    path = directory / file
+    if path.exists():
+        found = read_json(path)
+        differing = sorted(
+            key for key in {*found, *identity} if found.get(key) != identity.get(key)
+        )
+        if differing:
+            raise FileExistsError(
+                f"{directory} must be of the same run to go on with it, but it differs in "
+                f"{', '.join(differing)}. {remedy}"
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(
+            f"{directory} must be new or empty, but it holds other files. {remedy}"
+        )
+    checkpoint.write_text(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+
+
+def block_file(directory: Path, index: int) -> Path:
+    """Name the file of one block."""
+    return directory / f"block-{index:05d}.safetensors"
+
+
+def blocks(source: Source, track: Track, description: str) -> Iterator[int]:
+    """Count through the blocks, with progress."""
+    count = len(source.block_names)
+    yield from track(range(count), description, count)

@@ -1,0 +1,144 @@
+"""Read a packed checkpoint with numpy alone: written from docs/format-spec.md, knowing no bitmosaic.
+
+The numbers of the comments are the sections of that page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TYPES = {"U8": "u1", "U16": "<u2", "I32": "<i4", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FLOATS = {"fp8-e4m3": (4, 3, 7), "fp8-e5m2": (5, 2, 15), "fp16": (5, 10, 15), "bf16": (8, 7, 127)}
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of a safetensors file (2)."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    table = json.loads(data[8 : 8 + length])
+    arrays = {}
+    for name in table.keys() - {"__metadata__"}:
+        start, stop = (8 + length + offset for offset in table[name]["data_offsets"])
+        flat = np.frombuffer(data[start:stop], TYPES[table[name]["dtype"]])
+        arrays[name] = flat.reshape(table[name]["shape"])
+    return arrays
+
+
+def float_grid(kind: str) -> np.ndarray:
+    """Value of every bit pattern of a float type (7.2)."""
+    exponent_bits, fraction_bits, bias = FLOATS[kind]
+    code = np.arange(2 ** (1 + exponent_bits + fraction_bits))
+    fraction = (code % 2**fraction_bits).astype(np.float64)
+    exponent = (code >> fraction_bits) % 2**exponent_bits
+    leading = np.where(exponent > 0, 2.0**fraction_bits, 0.0)
+    value = (leading + fraction) * 2.0 ** (np.maximum(exponent, 1) - bias - fraction_bits)
+    with np.errstate(over="ignore"):  # the patterns of infinity and NaN, never stored
+        return np.where(code >> (exponent_bits + fraction_bits), -value, value).astype(np.float32)
+
+
+def read_format(name: str) -> dict[str, Any]:
+    """Spell out a format: bits, group, grid, and what is stored (7)."""
+    if name == "pruned":
+        return {"bits": 0, "group": None, "grid": np.zeros(1, "f4"), "scale": False, "zero": 0.0}
+    if whole := re.fullmatch(r"int([1-8])(?:-g(\d+))?(-sym)?", name):
+        bits, group = int(whole[1]), int(whole[2]) if whole[2] else None
+        middle = 2.0 ** (bits - 1) if bits > 1 else 0.5
+        grid = np.arange(2**bits, dtype=np.float32)
+        zero = middle if whole[3] else None  # None: stored
+        return {"bits": bits, "group": group, "grid": grid, "scale": True, "zero": zero}
+    kind, group, tensor = re.fullmatch(r"(fp8-e\dm\d|bf16|fp16)(?:-g(\d+))?(-tensor)?", name).groups()
+    return {
+        "bits": 8 if kind.startswith("fp8") else 16,
+        "group": int(group) if group else None,
+        "grid": float_grid(kind),
+        "scale": kind.startswith("fp8") and not tensor,
+        "zero": 0.0,
+    }
+
+
+def read_planes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Collect codes from their bit-planes (5)."""
+    planes = np.unpackbits(data.reshape(bits, -1), axis=1, bitorder="little")[:, :count]
+    return (planes.astype(np.int64) << np.arange(bits)[:, None]).sum(0)
+
+
+class Stream:
+    """Hands out an array's bytes from front to back (6)."""
+
+    def __init__(self, array: np.ndarray | None) -> None:
+        self.rest = np.zeros(0, "u1") if array is None else array
+
+    def take(self, size: int) -> np.ndarray:
+        part, self.rest = self.rest[:size], self.rest[size:]
+        assert part.size == size
+        return part
+
+    def planes(self, bits: int, count: int) -> np.ndarray:
+        return read_planes(self.take(bits * -(-count // 8)), bits, count)
+
+
+def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Decode one packed weight to float32 [out, in]."""
+    (height, width), (tile_rows, tile_columns) = described["shape"], described["tile"]
+    tall, wide = -(-height // tile_rows), -(-width // tile_columns)
+    map_bits = (len(described["formats"]) - 1).bit_length()
+    tile_map = np.zeros(tall * wide, np.int64)
+    if map_bits:
+        tile_map = read_planes(arrays["tile_map"], map_bits, tall * wide)
+    tensor_scales = arrays["tensor_scales"].view("<f4")
+    streams = {key: Stream(arrays.get(key)) for key in ("codes", "scales", "zero_points")}
+    weight = np.zeros((height, width), np.float32)
+    for index, name in enumerate(described["formats"]):
+        form = read_format(name)
+        if form["bits"] == 0:
+            continue  # zeros, and nothing stored
+        for short_rows, short_columns in ((0, 0), (0, 1), (1, 0), (1, 1)):  # sections (6)
+            for place in np.flatnonzero(tile_map == index):
+                top, left = place // wide * tile_rows, place % wide * tile_columns
+                rows, columns = min(tile_rows, height - top), min(tile_columns, width - left)
+                if (rows < tile_rows, columns < tile_columns) != (short_rows, short_columns):
+                    continue
+                codes = streams["codes"].planes(form["bits"], rows * columns)
+                value = form["grid"][codes].reshape(rows, columns)
+                group = min(form["group"] or columns, columns)
+                groups = -(-columns // group)
+                if form["scale"]:
+                    scale = streams["scales"].take(2 * rows * groups).view("<f2").astype("f4")
+                    zero = form["zero"]
+                    if zero is None:
+                        zero = streams["zero_points"].planes(form["bits"], rows * groups)
+                    zero = np.broadcast_to(np.float32(zero), rows * groups).reshape(rows, groups)
+                    spread = np.arange(columns) // group  # group of each column
+                    value = (value - zero[:, spread]) * scale.reshape(rows, groups)[:, spread]
+                weight[top : top + rows, left : left + columns] = value * tensor_scales[index]
+    assert not any(stream.rest.size for stream in streams.values())
+    if "in_permutation" in arrays:  # new position -> old index (8)
+        weight[:, arrays["in_permutation"]] = weight.copy()
+    if "out_permutation" in arrays:
+        weight[arrays["out_permutation"]] = weight.copy()
+    if "outlier_counts" in arrays:  # (9)
+        values = arrays["outlier_values"]
+        if described["outlier_format"] == "bf16":
+            values = float_grid("bf16")[values]
+        lines = np.repeat(np.arange(height), arrays["outlier_counts"])
+        weight[lines, arrays["outlier_columns"]] = values
+    return weight
+
+
+def read_checkpoint(directory: Path) -> dict[str, np.ndarray]:
+    """Decode every packed weight of a directory with a single tensor file (2, 3)."""
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format_version"]) == ("bitmosaic", 1)
+    arrays = read_file(directory / "model.safetensors")
+    weights = {}
+    for name, described in config["tensors"].items():
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        weights[name] = decode(described, own)
+    return weights
