@@ -3,10 +3,9 @@
     python benchmarks/scale_fisher.py [--json OUT] [--directory DIR]
 
 A checkpoint of 22 blocks (2048 wide, 5632 in the MLP, bf16 in shards) is written to a temporary
-directory. A child process then takes 8 x 512 tokens through the forward and the backward sweep, and
-writes the Fisher information of every matrix to a file when its block is done. What the kernel
-reports as the child's peak resident memory must be at most 2.5 GiB. The plain way (float32 weights
-and their gradients) needs 8.2 GiB before the first activation.
+directory. A child process then runs `bitmosaic.pipeline.calibrate` on 8 x 512 tokens. What the
+kernel reports as the child's peak resident memory must be at most 2.5 GiB. The plain way (float32
+weights and their gradients) needs 8.2 GiB before the first activation.
 """
 
 from __future__ import annotations
@@ -20,14 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bitmosaic.model import Source, Sweep
-from bitmosaic.statistics import get
+from bitmosaic.model import Source
+from bitmosaic.pipeline import calibrate
+from bitmosaic.pipeline.common import Track
 
 LIMIT_GIB = 2.5
 SAMPLES, TOKENS = 8, 512
@@ -81,42 +83,25 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor
     return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
 
 
-def calibrate(checkpoint: Path, output: Path) -> dict[str, float]:
-    """Run the sweeps and write the Fisher information of every matrix; return the seconds."""
-    source = Source(checkpoint)
-    tokens = torch.randint(
-        0, source.config.vocab_size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1)
-    )
-    times = {}
-    with Sweep(source, tokens, memory_cap=MEMORY_CAP, directory=output) as sweep:
+def timed(times: dict[str, float]) -> Track:
+    """Return a tracker that notes the seconds of each phase."""
+
+    def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         start = time.perf_counter()
-        sweep.embed()
-        for index in range(sweep.block_count):
-            sweep.forward(index, source.load_block(index))
-        times["forward_seconds"] = time.perf_counter() - start
-        start = time.perf_counter()
-        sweep.loss_gradients()
-        for index in reversed(range(sweep.block_count)):
-            fisher_of_block(source, sweep, index, output)
-        times["backward_seconds"] = time.perf_counter() - start
-    return times
+        yield from items
+        times[f"{description}_seconds"] = time.perf_counter() - start
 
-
-def fisher_of_block(source: Source, sweep: Sweep, index: int, output: Path) -> None:
-    """Take the gradients back through one block and write its Fisher information."""
-    statistics = {}
-
-    def add(name: str, _: int, gradient: torch.Tensor) -> None:
-        statistics.setdefault(name, get("fisher")(gradient.shape)).update(gradient)
-
-    sweep.backward(index, source.load_block(index), add)
-    for name in list(statistics):
-        save_file({name: statistics.pop(name).value()}, output / f"{index}.{name}.safetensors")
+    return track
 
 
 def child(checkpoint: Path, output: Path) -> None:
     """Calibrate, and print what it took as JSON."""
-    times = calibrate(checkpoint, output)
+    source = Source(checkpoint)
+    tokens = torch.randint(
+        0, source.config.vocab_size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1)
+    )
+    times: dict[str, float] = {}
+    calibrate(source, tokens, output, memory_cap=MEMORY_CAP, track=timed(times))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     print(json.dumps({**times, "peak_rss_gib": peak / GIB}))
 
@@ -125,7 +110,6 @@ def measure(directory: Path, blocks: int) -> dict[str, object]:
     """Write the checkpoint, calibrate in a child process, and compare with what is asked."""
     checkpoint, output = directory / "model", directory / "statistics"
     checkpoint.mkdir()
-    output.mkdir()
     parameters = write_checkpoint(checkpoint, blocks)
     command = [sys.executable, __file__, "--child", str(checkpoint), str(output)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -75,15 +75,26 @@ def random_tensor(
         for side, chance in zip(shape, torch.rand(2, generator=generator).tolist(), strict=True)
     ]
     layer = LayerAllocation(
-        shape, tile, formats, tile_map.to(torch.uint8), in_permutation=orders[1],
+        shape,
+        tile,
+        formats,
+        tile_map.to(torch.uint8),
+        in_permutation=orders[1],
         out_permutation=orders[0],
     )
     if float(torch.rand(1, generator=generator)) > 0.3:
         return nearest(weight, layer)
     mask = torch.rand(shape, generator=generator) < 0.02
     return pack(
-        weight, tile, layer.tile_map, formats, encode_nearest, in_permutation=orders[1],
-        out_permutation=orders[0], outliers=mask.to(torch.uint8), outlier_format="bf16",
+        weight,
+        tile,
+        layer.tile_map,
+        formats,
+        encode_nearest,
+        in_permutation=orders[1],
+        out_permutation=orders[0],
+        outliers=mask.to(torch.uint8),
+        outlier_format="bf16",
     )
 
 

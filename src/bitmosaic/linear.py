@@ -103,6 +103,8 @@ class QuantizedLinear(PackedModule):
         dtype: what `weight.dtype` says until the module is cast (default: torch's default).
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         tensor: QuantizedTensor,
@@ -171,7 +173,9 @@ class QuantizedEmbedding(PackedModule, nn.Embedding):
                 f"{name}: max_norm of a packed embedding must be None, not {original.max_norm!r}. "
                 "Keep this embedding in full precision."
             )
-        module = object.__new__(_packed_class(type(original)))
+        # mypy takes the __hash__ of a module for that of its class.
+        kind = _packed_class(type(original))  # type: ignore[arg-type]
+        module = object.__new__(kind)
         QuantizedEmbedding.__init__(module, tensor, name=name, dtype=dtype)
         for key, value in vars(original).items():
             if not key.startswith("_") and key not in vars(module):
@@ -194,6 +198,8 @@ class QuantizedEmbedding(PackedModule, nn.Embedding):
 class TiedHead(nn.Module):
     """An output head that multiplies by the packed table of the input embedding; owns no array."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, embedding: QuantizedEmbedding, bias: Tensor | None = None) -> None:
         super().__init__()
         # In a tuple, so that the embedding does not become a child and appear twice in files.
@@ -214,8 +220,9 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of x [..., in], on x's device."""
         backend, prepared = self.embedding.prepare()
-        logits = backend.linear(x.to(self.weight.device), prepared, None).to(x.device)
-        return logits if self.bias is None else logits + self.bias
+        device = self.weight.device  # of the embedding, where a device_map may have put it
+        bias = None if self.bias is None else self.bias.to(device)
+        return backend.linear(x.to(device), prepared, bias).to(x.device)
 
     def extra_repr(self) -> str:
         """Show the shape and whose table it is."""

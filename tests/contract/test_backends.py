@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import assert_matmul_close
-from packed import whole_matrix
 from torch import Tensor
 
 from bitmosaic import backends, formats
@@ -15,6 +13,8 @@ from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import UnsupportedError
 from bitmosaic.rounding import encode_nearest, nearest
 from bitmosaic.tensor import QuantizedTensor, pack
+from numerics import assert_matmul_close
+from packed import whole_matrix
 
 NAMES = backends.names()
 EVERY_FORMAT = tuple(

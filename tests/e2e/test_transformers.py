@@ -1,4 +1,4 @@
-"""A packed checkpoint loads in one line, runs as its dequantized weights say, and saves as it was."""
+"""A packed checkpoint loads in one line, runs as its dequantized weights, and saves as it was."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import NAMES, tiny, tokens
-from packed import Packed, pack_model, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bitmosaic.integrations.transformers as plugin
+from architectures import NAMES, tiny, tokens
 from bitmosaic.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedHead
+from packed import Packed, pack_model, write
 
 
 def load(directory: Path, **options: object) -> PreTrainedModel:

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import Packed, pack_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import bitmosaic.integrations.transformers  # noqa: F401  (registers)
+from architectures import tiny
 from bitmosaic.checkpoint import write_tensors
+from packed import Packed, pack_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MIXTURE = ("int2-g16", "int4-g16", "fp8-e4m3-g16", "pruned")
@@ -183,7 +183,7 @@ def test_a_permutation_that_is_none(first: int, packed: Packed, copy_of: Path) -
 def test_a_truncated_file(kept: int, copy_of: Path) -> None:
     path = copy_of / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         load(copy_of)
 
 
@@ -217,7 +217,7 @@ def test_disk_offload_is_refused(copy_of: Path, tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(position=st.integers(0, 6000), bit=st.integers(0, 7))
+@given(position=st.integers(0, 20_000), bit=st.integers(0, 7))
 def test_a_flipped_header_bit_loads_equal_or_is_refused(
     packed: Packed, tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
 ) -> None:
@@ -233,9 +233,7 @@ def test_a_flipped_header_bit_loads_equal_or_is_refused(
         return
     finally:
         shutil.rmtree(directory.parent)
+    # Where a flip does no harm (in the metadata, in blanks), what loads is what was stored.
     good = load_file(packed.directory / "model.safetensors")
-    # What loads in spite of the flip (say in a permutation's name, which is optional) is the file's
-    # own data under a name of the model, never something made up.
-    contents = {(value.dtype, value.numpy().tobytes()) for value in good.values()}
-    for name, value in state.items():
-        assert (value.dtype, value.numpy().tobytes()) in contents, name
+    assert state.keys() == good.keys()
+    assert all(torch.equal(value, good[name]) for name, value in state.items())

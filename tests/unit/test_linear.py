@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import assert_matmul_close
-from packed import whole_matrix
 from torch import Tensor, nn
 
 from bitmosaic import checkpoint
 from bitmosaic.linear import QuantizedEmbedding, QuantizedLinear, TiedHead
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import QuantizedTensor, pack
+from numerics import assert_matmul_close
+from packed import whole_matrix
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -313,7 +313,7 @@ def test_an_index_that_names_a_tensor_in_the_wrong_file(llama: Path) -> None:
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = "model-00001-of-00004.safetensors"
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="must be in model-00001.* that file does not hold it"):
+    with pytest.raises(ValueError, match=r"must be in model-00001.* that file does not hold it"):
         Source(llama)
 
 
@@ -332,7 +332,7 @@ def test_a_tensor_in_two_shards(llama: Path) -> None:
     shutil.copy(
         llama / "model-00001-of-00004.safetensors", llama / "model-00002-of-00004.safetensors"
     )
-    with pytest.raises(ValueError, match="must be stored once, but model-00001.* holds it too"):
+    with pytest.raises(ValueError, match=r"must be stored once, but model-00001.* holds it too"):
         Source(llama)
 
 

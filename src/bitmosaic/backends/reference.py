@@ -34,9 +34,7 @@ class ReferenceBackend(Backend):
         """Take the tensor as it is."""
         return tensor
 
-    def linear(
-        self, x: Tensor, prepared: QuantizedTensor, bias: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, x: Tensor, prepared: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
         """Multiply by the dequantized weight, in x's dtype."""
         return functional.linear(x, prepared.dequantize(x.dtype), bias)
 

@@ -113,9 +113,9 @@ def check_windows(windows: Tensor | Sequence[Tensor], vocabulary: int) -> list[T
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of rows of the model's input embedding."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    weight = getattr(embedding, "weight", None)
-    # A quantized embedding keeps the count but has no weight.
-    return int(weight.shape[0] if isinstance(weight, Tensor) else embedding.num_embeddings)
+    # A packed embedding keeps the count, but its `weight` is empty.
+    count = getattr(embedding, "num_embeddings", None)
+    return int(embedding.weight.shape[0] if count is None else count)
 
 
 def default_batch(model: nn.Module, sequences: Sequence[Tensor]) -> int:

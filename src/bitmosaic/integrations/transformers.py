@@ -28,7 +28,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmosaic import formats
 from bitmosaic.checkpoint import (
-    FORMAT_VERSION,
     QUANT_METHOD,
     Entry,
     check_description,
@@ -55,14 +54,15 @@ class BitmosaicConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         tensors: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         **others: Any,
     ) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]  # ours is none of its enum
+        # Taken over unchecked: `check_description` names what is wrong or missing before any use.
+        self.quant_method = quant_method
         self.format_version = format_version
-        self.tensors = {} if tensors is None else tensors
+        self.tensors = tensors
         for key, value in others.items():
             setattr(self, key, value)
 
@@ -109,7 +109,7 @@ class BitmosaicQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Allow `save_pretrained`: the state dict is the checkpoint.  (A method: it is called.)"""
+        """Allow `save_pretrained`, which calls this: the state dict is the checkpoint."""
         return True
 
     @property
@@ -189,8 +189,8 @@ def _described(name: str, described: Any, entries: dict[str, Entry]) -> Quantize
             f"missing. {_REMEDY}"
         )
     return QuantizedTensor(
-        tuple(described["shape"]),  # type: ignore[arg-type]  # two numbers: already checked
-        tuple(described["tile"]),  # type: ignore[arg-type]
+        tuple(described["shape"]),  # two numbers: already checked
+        tuple(described["tile"]),
         tuple(formats.get(each) for each in described["formats"]),
         described.get("outlier_format", "fp16"),
         **{

@@ -1,7 +1,7 @@
 """Decoder models: opening checkpoints, walking blocks, and what may be permuted or scaled in them.
 
-The names are looked up on first use, so that `import bitmosaic.model.structure` does not import
-transformers.  The function `structure` is found in the module of its name only.
+The names are looked up on first use, because this package imports transformers, which takes
+seconds.  The function `structure` is found in the module of its name only.
 """
 
 from __future__ import annotations

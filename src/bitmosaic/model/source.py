@@ -295,12 +295,13 @@ def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
     recipes: dict[str, Recipe] = {}
+    unused: list[str] = []
     for name in sorted(files.entries, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
         if target not in expected and name in expected:
             target, pattern = rename_source_key(name, [], [], prefix, expected)
         if target not in expected:
-            logger.warning("Tensor %s of the checkpoint has no place in the model", name)
+            unused.append(name)
             continue
         converter = None if pattern is None else by_pattern[pattern]
         recipe = recipes.setdefault(target, Recipe(target, converter))
@@ -310,6 +311,8 @@ def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:
                 f"{recipe.sources[0][0]!r} and {name!r} give it. Save the checkpoint again."
             )
         recipe.sources.append((name, pattern or name))
+    if unused:  # masks and rotary frequencies of old checkpoints; never what the model needs
+        logger.info("%d tensors have no place in the model, the first: %s", len(unused), unused[0])
     return list(recipes.values())
 
 

@@ -1,0 +1,444 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS, example_names, few, layers
+
+from bitmosaic import allocation, formats
+from bitmosaic.allocation import (
+    Allocation,
+    Budget,
+    BudgetError,
+    TileCosts,
+    feasible_range,
+    overhead_bytes,
+    parse_size,
+    solve,
+    two_level,
+    uniform,
+)
+from bitmosaic.tiling import grid_shape
+
+WIDTHS = ("int2-g128", "int3-g128", "int4-g128")
+STEPS = torch.tensor([1 / 9, 1 / 49, 1 / 225], dtype=torch.float64)
+"""The published cost of a width b, 1/(2^b - 1)^2, to be multiplied by a tile's score."""
+
+
+def table(name, shape, tile, seed, names=WIDTHS, **options):
+    """Draw costs that fall from format to format, over some orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = grid_shape(shape, tile)
+    drops = torch.rand((len(names), *tiles), generator=generator, dtype=torch.float64)
+    size = 10 ** (3 * torch.rand(tiles, generator=generator, dtype=torch.float64))
+    cost = drops.flip(0).cumsum(0).flip(0) * size
+    return TileCosts(name, shape, tile, names, cost, **options)
+
+
+def scored(name, score, names=WIDTHS, tile=(8, 32)):
+    """Costs as published: score times 1/(2^b - 1)^2."""
+    shape = (score.shape[0] * tile[0], score.shape[1] * tile[1])
+    return TileCosts(name, shape, tile, names, score[None] * STEPS[:, None, None])
+
+
+def random_scores(seed, *tiles):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.exp(2 * torch.randn(tiles, generator=generator, dtype=torch.float64))
+
+
+def flat(tables):
+    """Costs and bytes of all tiles: two tensors [formats, tiles]."""
+    return (
+        torch.cat([each.cost.flatten(1) for each in tables], 1),
+        torch.cat([each.bytes().flatten(1) for each in tables], 1),
+    )
+
+
+def chosen(tables, plans):
+    """Index of each tile's format in the tables' own list, pooled."""
+    parts = []
+    for each in tables:
+        plan = plans[each.name]
+        index = torch.tensor([each.formats.index(name) for name in plan.formats])
+        parts.append(index[plan.tile_map.long()].flatten())
+    return torch.cat(parts)
+
+
+def price(tables, choice):
+    """(cost, bytes) of a pooled choice, the fixed bytes included."""
+    cost, size = flat(tables)
+    each = torch.arange(choice.numel())
+    return float(cost[choice, each].sum()), int(size[choice, each].sum()) + overhead_bytes(tables)
+
+
+def small_tables(seed):
+    """Two layers with six tiles in all, ragged, so that all 729 choices can be tried."""
+    return [table("a", (20, 40), (16, 32), seed), table("b", (16, 50), (16, 32), seed + 1)]
+
+
+def every_choice(tables):
+    tiles = flat(tables)[0].shape[1]
+    for choice in itertools.product(range(len(tables[0].formats)), repeat=tiles):
+        yield torch.tensor(choice)
+
+
+@pytest.fixture
+def _no_fill(monkeypatch):
+    """Leave what remains of the budget after the last whole hull step."""
+    monkeypatch.setattr(allocation, "_fill", lambda *_: None)
+
+
+class TestSolve:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_is_the_exact_optimum_at_hull_points(self, seed):
+        tables = small_tables(seed)
+        cost, size = flat(tables)
+        prices = [price(tables, choice) for choice in every_choice(tables)]
+        for multiplier in (10.0 ** (power / 4) for power in range(-12, 8)):
+            hull = (cost + multiplier * size).argmin(0)
+            budget = price(tables, hull)[1]
+            best = min(cost for cost, spent in prices if spent <= budget)
+            mine, spent = price(tables, chosen(tables, solve(tables, budget)))
+            assert spent == budget
+            # Sums of the same six numbers: each addition rounds once.
+            assert mine <= best * (1 + 6 * 2.0**-53)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_between_hull_points_it_is_within_the_next_step(self, seed, monkeypatch):
+        tables = small_tables(seed + 10)
+        cost = flat(tables)[0]
+        prices = [price(tables, choice) for choice in every_choice(tables)]
+        low, high = feasible_range(tables)
+        for budget in range(low, high + 1, 7):
+            best = min(cost for cost, spent in prices if spent <= budget)
+            mine, spent = price(tables, chosen(tables, solve(tables, budget)))
+            assert spent <= budget
+            # The relaxed optimum splits one hull step: no step saves more than its tile costs.
+            assert best * (1 - 1e-12) <= mine <= best + float(cost.amax())
+            with monkeypatch.context() as patch:
+                patch.setattr(allocation, "_fill", lambda *_: None)
+                bare = price(tables, chosen(tables, solve(tables, budget)))
+            following = price(tables, chosen(tables, solve(tables, budget_of_next(tables, bare))))
+            assert mine <= bare[0]
+            assert best >= following[0] * (1 - 1e-12)
+
+    @pytest.mark.parametrize("share", [0.0, 0.13, 0.5, 0.77, 1.0])
+    def test_small_tiles_meet_the_budget_from_below(self, share):
+        tables = [table(str(each), (512, 768), (16, 32), each) for each in range(3)]
+        low, high = feasible_range(tables)
+        budget = int(low + share * (high - low))
+        plans = solve(tables, budget)
+        spent = sum(plan.nbytes for plan in plans.values())
+        assert 0.998 * budget <= spent <= budget
+
+    @given(seed=SEEDS, share=st.floats(0, 1))
+    @few(60)
+    def test_never_exceeds_the_budget_on_ragged_tiles_and_odd_formats(self, seed, share):
+        names = ("int2-g8", "pruned", "int3-g128", "fp8-e4m3", "int4-sym", "bf16")
+        tables = [
+            table("a", (13, 77), (4, 10), seed, names),
+            table("b", (9, 33), (4, 10), seed + 1, names, in_permutation=torch.arange(33)),
+        ]
+        low, high = feasible_range(tables)
+        budget = int(low + share * (high - low))
+        plans = solve(tables, budget)
+        assert sum(plan.nbytes for plan in plans.values()) <= budget
+        assert price(tables, chosen(tables, plans))[1] <= budget
+
+    @given(rate=st.floats(1e-3, 1), seed=SEEDS)
+    @few(60)
+    def test_straight_hulls_keep_the_promise(self, rate, seed):
+        # Costs on a line: rounding decides which of two equal slopes is larger.
+        names = ("int2-g128", "int3-g128", "int4-g128", "int6-g128", "int8-g128")
+        bare = table("a", (16, 40), (8, 24), seed, names)
+        size = bare.bytes().double()
+        tables = [TileCosts("a", bare.shape, bare.tile, names, 1000 * rate - size * rate)]
+        low, high = feasible_range(tables)
+        for budget in range(low, high + 1, 37):
+            assert price(tables, chosen(tables, solve(tables, budget)))[1] <= budget
+
+    @pytest.mark.usefixtures("_no_fill")
+    def test_a_larger_budget_never_lowers_a_tile(self):
+        tables = [table("a", (96, 200), (16, 32), 3), table("b", (40, 100), (16, 32), 4)]
+        low, high = feasible_range(tables)
+        before = torch.zeros(1, dtype=torch.long)
+        for budget in range(low, high + 1, (high - low) // 40):
+            now = chosen(tables, solve(tables, budget))
+            assert (now >= before).all()
+            before = now
+        assert (now == 2).any()
+
+    @pytest.mark.usefixtures("_no_fill")
+    def test_the_two_thresholds_stand_in_the_ratio_of_the_published_costs(self):
+        spacing = 1.002
+        score = (spacing ** torch.arange(4096, dtype=torch.float64)).reshape(64, 64)
+        tables = [scored("a", score)]
+        low, high = feasible_range(tables)
+        choice = chosen(tables, solve(tables, (low + high) // 2)).reshape(64, 64)
+        first = float(score[choice == 1].min())
+        second = float(score[choice == 2].min())
+        expected = (1 / 9 - 1 / 49) / (1 / 49 - 1 / 225)
+        assert expected == pytest.approx(5.68, abs=0.005)
+        # Either threshold lies within one spacing below the first score above it.
+        assert 1 / spacing < second / first / expected < spacing
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("average", [2.25, 2.5, 2.75, 3.25, 3.75])
+    def test_costs_no_more_than_the_grid_search_at_its_bytes(self, seed, average):
+        score = random_scores(seed, 40, 25)
+        tables = [scored("a", score)]
+        cost, choice = grid_search(score.flatten(), average)
+        spent = price(tables, choice)[1]
+        mine, used = price(tables, chosen(tables, solve(tables, spent)))
+        assert used <= spent
+        assert mine <= cost * (1 + 1e-12)  # 1000 float64 additions in two orders
+
+    def test_scaling_all_costs_changes_nothing(self):
+        tables = small_tables(5)
+        low, high = feasible_range(tables)
+        scaled = [
+            TileCosts(each.name, each.shape, each.tile, each.formats, each.cost * 2.0**40)
+            for each in tables
+        ]
+        for budget in range(low, high, 11):
+            assert torch.equal(
+                chosen(tables, solve(tables, budget)), chosen(scaled, solve(scaled, budget))
+            )
+
+    def test_one_format_needs_its_exact_bytes(self):
+        tables = [table("a", (64, 64), (16, 32), 0, ("int4-g128",))]
+        size = feasible_range(tables)[1]
+        assert solve(tables, size)["a"].formats == ("int4-g128",)
+        with pytest.raises(BudgetError):
+            solve(tables, size - 1)
+
+    def test_useless_formats_are_never_bought(self):
+        tables = [table("a", (64, 64), (16, 32), 0)]
+        worse = tables[0].cost.clone()
+        worse[2] = worse[0] + 1
+        tables = [TileCosts("a", (64, 64), (16, 32), WIDTHS, worse)]
+        assert "int4-g128" not in solve(tables, feasible_range(tables)[1])["a"].formats
+
+    def test_costs_must_be_finite_and_of_one_list_of_formats(self):
+        good = table("a", (64, 64), (16, 32), 0)
+        bad = TileCosts("b", good.shape, good.tile, good.formats, good.cost * torch.nan)
+        middle = sum(feasible_range([good, good])) // 2
+        with pytest.raises(ValueError, match="tile costs must be finite"):
+            solve([good, bad], middle)
+        other = table("b", (64, 64), (16, 32), 0, WIDTHS[::-1])
+        with pytest.raises(ValueError, match="must share one tuple of formats"):
+            solve([good, other], middle)
+
+
+def budget_of_next(tables, bare):
+    """Bytes after one more hull step: the smallest budget whose bare solution spends more."""
+    _, spent = bare
+    high = feasible_range(tables)[1]
+    for budget in range(spent + 1, high + 1):
+        cost = price(tables, chosen(tables, solve(tables, budget)))[1]
+        if cost > spent:
+            step = budget
+            break
+    else:
+        return high
+    largest = int((flat(tables)[1].amax(0) - flat(tables)[1].amin(0)).max())
+    return min(step + largest, high)
+
+
+def grid_search(score, average):
+    """Find the published three-width allocation: shares on a grid of 0.01 and pooled quantiles."""
+    order = torch.argsort(score)
+    count = score.numel()
+    best = (math.inf, torch.zeros(count, dtype=torch.long))
+    for percent in range(101):
+        low = percent / 100
+        high = average - 3 + low
+        middle = 1 - low - high
+        if high < -1e-9 or middle < -1e-9:
+            continue
+        choice = torch.full((count,), 2)
+        first, second = round(low * count), round((low + middle) * count)
+        choice[order[:second]] = 1
+        choice[order[:first]] = 0
+        cost = float((score * STEPS[choice]).sum())
+        best = min(best, (cost, choice), key=lambda pair: pair[0])
+    return best
+
+
+class TestFeasible:
+    def test_the_range_is_reached_and_nothing_beyond(self):
+        tables = small_tables(1)
+        low, high = feasible_range(tables)
+        sizes = [price(tables, choice)[1] for choice in every_choice(tables)]
+        assert (low, high) == (min(sizes), max(sizes))
+
+    @pytest.mark.parametrize("beyond", ["below", "above"])
+    def test_a_budget_outside_is_refused_naming_the_range_and_the_nearest(self, beyond):
+        tables = small_tables(1)
+        low, high = feasible_range(tables)
+        budget = low - 1 if beyond == "below" else math.ceil(high / 0.998) + 1
+        weights = 20 * 40 + 16 * 50
+        with pytest.raises(BudgetError, match=f"between {low:,} and {high:,} bytes") as caught:
+            solve(tables, budget)
+        nearest = low if beyond == "below" else high
+        assert f"nearest feasible one is {8 * nearest / weights:.3f}" in str(caught.value)
+        with pytest.raises(BudgetError):
+            two_level(tables, [each.cost[0] for each in tables], budget)
+        assert solve(tables, nearest)
+
+    def test_a_budget_a_little_above_the_largest_is_met_by_the_largest(self):
+        tables = small_tables(1)
+        high = feasible_range(tables)[1]
+        spent = price(tables, chosen(tables, solve(tables, math.floor(high / 0.998))))[1]
+        assert spent == high
+
+
+class TestTwoLevel:
+    @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
+    def test_takes_exactly_as_many_wide_tiles_as_fit(self, share):
+        score = random_scores(1, 30, 20)
+        tables = [scored("a", score[:10]), scored("b", score[10:])]
+        low, high = feasible_range(tables)
+        budget = int(low + share * (high - low))
+        choice = chosen(tables, two_level(tables, [score[:10], score[10:]], budget))
+        sizes = flat(tables)[1][:, 0]
+        narrow = int(share >= 0.5)
+        base = overhead_bytes(tables) + 600 * int(sizes[narrow])
+        count = (budget - base) // int(sizes[narrow + 1] - sizes[narrow])
+        assert sorted(set(choice.tolist())) == [narrow, narrow + 1]
+        wide = choice == narrow + 1
+        assert int(wide.sum()) == count
+        assert score.flatten()[wide].min() >= score.flatten()[~wide].max()
+
+    def test_unequal_tiles_compete_per_weight(self):
+        tables = [table("a", (24, 80), (16, 32), 0)]
+        score = random_scores(2, 2, 3)
+        low, high = feasible_range(tables)
+        choice = chosen(tables, two_level(tables, [score], low + (high - low) // 4))
+        density = score / torch.tensor([[512, 512, 256], [256, 256, 128]])
+        wide = choice.reshape(2, 3) == 1
+        assert 0 < int(wide.sum()) < 6
+        assert density[wide].min() >= density[~wide].max()
+
+    def test_scaling_the_scores_changes_nothing(self):
+        score = random_scores(3, 20, 20)
+        tables = [scored("a", score)]
+        low, high = feasible_range(tables)
+        budget = low + (high - low) // 3
+        plain = two_level(tables, [score], budget)["a"].tile_map
+        for factor in (1e-30, 0.37, 1e30):
+            assert torch.equal(two_level(tables, [score * factor], budget)["a"].tile_map, plain)
+
+    def test_ties_go_to_the_earlier_tile(self):
+        tables = [scored("a", torch.ones(1, 8, dtype=torch.float64))]
+        low, high = feasible_range(tables)
+        plan = two_level(tables, [torch.ones(1, 8)], low + (high - low) // 4)["a"]
+        assert plan.tile_map.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]]
+
+    @given(seed=SEEDS, share=st.floats(0, 1))
+    @few(60)
+    def test_never_exceeds_the_budget_even_where_no_format_is_cheapest(self, seed, share):
+        # int2-g8 is cheaper than int3-g128 in the narrow last tile only.
+        names = ("int2-g8", "int3-g128", "int4-g16")
+        tables = [table("a", (13, 77), (4, 24), seed, names)]
+        low, high = feasible_range(tables)
+        budget = int(low + share * (high - low))
+        sizes = flat(tables)[1].sum(1) + overhead_bytes(tables)
+        try:
+            plans = two_level(tables, [tables[0].cost[0]], budget)
+        except BudgetError as error:
+            assert budget < int(sizes.min())
+            assert f"at least {int(sizes.min()):,} bytes" in str(error)
+        else:
+            assert price(tables, chosen(tables, plans))[1] <= budget
+
+
+class TestPlans:
+    def test_bytes_are_those_of_the_packed_tile(self):
+        costs = table("a", (20, 40), (16, 32), 0)
+        for index, name in enumerate(WIDTHS):
+            fmt = formats.get(name)
+            expected = [[fmt.tile_bytes(16, 32), fmt.tile_bytes(16, 8)],
+                        [fmt.tile_bytes(4, 32), fmt.tile_bytes(4, 8)]]  # fmt: skip
+            assert costs.bytes()[index].tolist() == expected
+
+    def test_overhead_counts_map_scales_and_permutations(self):
+        order = torch.arange(40)
+        costs = table("a", (20, 40), (16, 32), 0, in_permutation=order)
+        assert costs.overhead == 3 * 4 + 2 * 1 + 2 * 40
+
+    @given(layer=layers(example_names()))
+    @few(60)
+    def test_uniform_bands_cost_what_one_tile_costs(self, layer):
+        name = layer.formats[0]
+        plan = uniform(layer.shape, name, layer.in_permutation)
+        fixed = 4 + (2 * layer.shape[1] if layer.in_permutation is not None else 0)
+        assert plan.nbytes == formats.get(name).tile_bytes(*layer.shape) + fixed
+
+    def test_allocation_survives_its_file(self, tmp_path):
+        tables = [
+            table("a.q", (20, 40), (16, 32), 0, in_permutation=torch.randperm(40)),
+            table("b.o", (64, 96), (16, 32), 1, out_permutation=torch.randperm(64)),
+        ]
+        plans = solve(tables, sum(feasible_range(tables)) // 2)
+        ties = {"a.q": torch.randperm(7)}
+        made = Allocation(plans, {"method": "x", "budget": 2.5}, ties, torch.randperm(40))
+        made.save(tmp_path / "allocation.safetensors")
+        read = Allocation.load(tmp_path / "allocation.safetensors")
+        assert read.recipe == made.recipe
+        assert (read.nbytes, read.bits_per_weight) == (made.nbytes, made.bits_per_weight)
+        assert torch.equal(read.residual, made.residual)
+        assert torch.equal(read.ties["a.q"], ties["a.q"])
+        assert list(read.layers) == list(plans)
+        for name, plan in plans.items():
+            again = read.layers[name]
+            assert (again.shape, again.tile, again.formats) == (plan.shape, plan.tile, plan.formats)
+            for field in ("tile_map", "in_permutation", "out_permutation"):
+                before, after = getattr(plan, field), getattr(again, field)
+                assert before is after is None or torch.equal(before, after)
+
+    def test_a_file_of_something_else_is_refused(self, tmp_path):
+        from bitmosaic import checkpoint
+
+        path = tmp_path / "a.safetensors"
+        checkpoint.write_tensors(path, {"x": torch.zeros(1)})
+        with pytest.raises(ValueError, match="must be an allocation file"):
+            Allocation.load(path)
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("text", "budget"),
+        [
+            ("1.4GiB", Budget(size=1503238553)),
+            ("600MB", Budget(size=600_000_000)),
+            ("123456", Budget(size=123456)),
+            (" 5 kib ", Budget(size=5120)),
+            (".5mb", Budget(size=500_000)),
+            ("0.2x", Budget(share=0.2)),
+            ("7b", Budget(size=7)),
+        ],
+    )
+    def test_sizes_are_read(self, text, budget):
+        assert parse_size(text) == budget
+
+    @pytest.mark.parametrize("text", ["", "GiB", "1.4 Gi", "-5MB", "1e9", "1,5GB", "5 5MB", "1.2.3"])
+    def test_other_texts_are_refused(self, text):
+        with pytest.raises(ValueError, match="size must be a number with a unit"):
+            parse_size(text)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{}, {"bits": 2.5, "size": 10}, {"bits": 0}, {"bits": -1.0}, {"bits": math.nan},
+         {"bits": math.inf}, {"size": 0}, {"share": 0.0}],
+    )  # fmt: skip
+    def test_a_budget_is_one_positive_number(self, fields):
+        with pytest.raises(ValueError, match="budget must be exactly one positive number"):
+            Budget(**fields)
+
+    def test_prints_as_it_was_meant(self):
+        assert str(Budget(bits=2.75)) == "2.75 bits_per_weight"
+        assert str(Budget(size=7)) == "7 bytes"
+        assert str(Budget(share=0.2)) == "0.2x"
