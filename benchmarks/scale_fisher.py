@@ -106,7 +106,7 @@ def child(checkpoint: Path, output: Path) -> None:
     print(json.dumps({**times, "peak_rss_gib": peak / GIB}))
 
 
-def measure(directory: Path, blocks: int) -> dict[str, object]:
+def measure(directory: Path, blocks: int) -> dict[str, Any]:
     """Write the checkpoint, calibrate in a child process, and compare with what is asked."""
     checkpoint, output = directory / "model", directory / "statistics"
     checkpoint.mkdir()

@@ -123,6 +123,14 @@ def test_rows_are_the_weights_rows(name: str, fmt: str, width: int, dtype: torch
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fmt", ["int8", "int3-g20", "bf16"])
+def test_one_large_tile(name: str, fmt: str) -> None:
+    """Large enough that a backend which decodes in pieces meets a short last piece."""
+    tensor = whole_matrix(gaussian(21_001, 60), fmt)
+    check(name, tensor, gaussian(2, 60, seed=1))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_of_any_layout(name: str) -> None:
     backend, tensor = backends.get(name), mixed((40, 72), (16, 24))
     indices = torch.tensor([3, 39, 3])

@@ -39,7 +39,7 @@ class TestTensorScale:
     def test_default_brings_the_largest_into_the_top_of_fp16_scales(self, largest):
         scale = formats.get("int4-g128").tensor_scale(largest)
         assert math.frexp(scale)[0] == 0.5
-        assert 2**13 <= largest / scale < 2**14 or scale == 2.0**-126
+        assert 2**13 <= largest / scale < 2**14 or scale == 2.0**-100
 
     def test_zero_matrix(self):
         assert formats.get("int4-g128").tensor_scale(0.0) == 1.0

@@ -112,8 +112,8 @@ class Format:
         """
         if largest == 0.0:
             return 1.0
-        # float32 holds powers of two from 2^-126 up as normal numbers; stay inside, both ways.
-        return 2.0 ** min(max(math.frexp(largest)[1] - 14, -126), 126)
+        # Times the smallest fp16 scale, 2^-24, it must stay a normal float32: at least 2^-126.
+        return 2.0 ** max(math.frexp(largest)[1] - 14, -100)
 
     def fit(
         self,

@@ -82,6 +82,18 @@ class Method:
         """Whether the method wants the residual stream reordered as a whole."""
         return False
 
+    @property
+    def stores_orders(self) -> bool:
+        """Whether some matrices will be stored in another order of rows or columns."""
+        return False
+
+    def stored_orders(self, structure: Structure) -> dict[str, tuple[bool, bool]]:
+        """Tell which matrices of a block will store an order of in_channels and of out_channels.
+
+        Known from the structure alone, so that the bytes of a budget are known before any work.
+        """
+        return {}
+
     def parameters(self) -> dict[str, Any]:
         """Hyper-parameters as plain JSON, for recipe.json."""
         return {

@@ -42,7 +42,7 @@ from bitmosaic.methods.base import (
     require_one_of,
     tile_costs,
 )
-from bitmosaic.model.structure import Tie, tie_columns
+from bitmosaic.model.structure import Structure, Tie, tie_columns
 from bitmosaic.rounding import sorted_order
 
 REORDERS = ("none", "per_matrix", "shared", "folded")
@@ -94,6 +94,21 @@ class Sfmp(RoundedMethod):
         """Whether the residual stream is to be reordered as a whole."""
         return self.reorder == "folded"
 
+    @property
+    def stores_orders(self) -> bool:
+        """Whether some matrices will be stored in another order of rows or columns."""
+        return self.reorder in ("per_matrix", "shared")
+
+    def stored_orders(self, structure: Structure) -> dict[str, tuple[bool, bool]]:
+        """Every order is stored but for those that an MLP's inner channels take on for free."""
+        if not self.stores_orders:
+            return {}
+        free = [tie for tie in structure.ties if self.reorder == "shared" and _is_free(tie)]
+        sorted_columns = {tie.consumer for tie in free}
+        sorted_rows = {name for tie in free for name in tie.producers}
+        names = [name for group in structure.inputs for name in group.linears]
+        return {name: (name not in sorted_columns, name not in sorted_rows) for name in names}
+
     def score(self, block: BlockView) -> BlockScores:
         """Reorder each matrix, then price its tiles."""
         weights, fisher = dict(block.weights), dict(block.fisher)
@@ -101,7 +116,7 @@ class Sfmp(RoundedMethod):
         for tie in block.structure.ties:
             if tie.consumer in ties:
                 _apply_tie(tie, ties[tie.consumer], (weights, fisher))
-        orders = self._orders(block, fisher, ties)
+        orders = self._orders(block, fisher)
         tables, importance = [], []
         for name, weight in weights.items():
             table, sums = tile_costs(
@@ -143,10 +158,11 @@ class Sfmp(RoundedMethod):
         return orders
 
     def _orders(
-        self, block: BlockView, fisher: dict[str, Tensor], ties: dict[str, Tensor]
+        self, block: BlockView, fisher: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Choose (in_permutation, out_permutation) of every layer; None where folded or unwanted."""
-        if self.reorder in ("none", "folded"):
+        stored = self.stored_orders(block.structure)
+        if not stored:
             return dict.fromkeys(fisher, (None, None))
         columns = {name: part.sum(0, dtype=torch.float64) for name, part in fisher.items()}
         rows = {name: part.sum(1, dtype=torch.float64) for name, part in fisher.items()}
@@ -154,13 +170,10 @@ class Sfmp(RoundedMethod):
             for group in block.structure.inputs:
                 total = sum(columns[name] for name in group.linears)
                 columns |= dict.fromkeys(group.linears, total)
-        free = [tie for tie in block.structure.ties if tie.consumer in ties and _is_free(tie)]
-        sorted_columns = {tie.consumer for tie in free}
-        sorted_rows = {name for tie in free for name in tie.producers}
         return {
             name: (
-                None if name in sorted_columns else sorted_order(columns[name]),
-                None if name in sorted_rows else sorted_order(rows[name]),
+                sorted_order(columns[name]) if stored[name][0] else None,
+                sorted_order(rows[name]) if stored[name][1] else None,
             )
             for name in fisher
         }

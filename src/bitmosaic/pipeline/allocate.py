@@ -25,6 +25,7 @@ from bitmosaic.model.structure import Structure, permute_residual_block
 from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import Structures, Track, block_file, blocks, claim, digest, quiet
 from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.tiling import clip_tile, grid_shape
 
 
 def allocate(
@@ -108,10 +109,36 @@ def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPla
     candidates = getattr(method, "formats", ())
     if not candidates:
         return  # methods with one format find out from shapes alone, in no time
-    shapes = source.linear_shapes()
     tile = (getattr(method, "tile_out", None), getattr(method, "tile_in", None))
-    tables = [shape_table(name, shape, tile, candidates) for name, shape in shapes.items()]
+    orders = _stored_orders(source, method)
+    tables = [
+        shape_table(name, shape, tile, candidates, orders.get(name, (False, False)))
+        for name, shape in source.linear_shapes().items()
+    ]
     plan.check(tables, budget)
+
+
+def check_foldable(source: Source, method: Method) -> None:
+    """Refuse, before any work, to fold an order into a residual stream that does not allow it."""
+    if method.folds_residual and not residual_permutable(source):
+        raise ValueError(
+            f"reorder must not be 'folded' for {type(source.skeleton).__name__}, whose "
+            "residual stream cannot be shown to be reorderable. Use reorder 'shared'."
+        )
+
+
+def _stored_orders(source: Source, method: Method) -> dict[str, tuple[bool, bool]]:
+    """Tell by full name which matrices will store an order of (in_channels, out_channels)."""
+    if not method.stores_orders:
+        return {}
+    structures = Structures(source)
+    return {
+        f"{prefix}.{name}": sides
+        for index, prefix in enumerate(source.block_names)
+        for name, sides in method.stored_orders(
+            structures.of(index, source.empty_block(index))
+        ).items()
+    }
 
 
 def shape_table(
@@ -119,18 +146,19 @@ def shape_table(
     shape: tuple[int, int],
     tile: tuple[int | None, int | None],
     candidates: tuple[str, ...],
+    orders: tuple[bool, bool] = (False, False),
 ) -> TileCosts:
-    """Build a table without costs, for questions about bytes only."""
-    from_shape = torch.zeros(
-        (
-            len(candidates),
-            -(-shape[0] // min(tile[0] or shape[0], shape[0])),
-            -(-shape[1] // min(tile[1] or shape[1], shape[1])),
-        ),
-        dtype=torch.float64,
-    )
-    cut = (min(tile[0] or shape[0], shape[0]), min(tile[1] or shape[1], shape[1]))
-    return TileCosts(name, shape, cut, candidates, from_shape)
+    """Build a table without costs, for questions about bytes only.
+
+    `orders` tells whether an order of the (in_channels, out_channels) will be stored.
+    """
+    cut = clip_tile(shape, tile)
+    costs = torch.zeros((len(candidates), *grid_shape(shape, cut)), dtype=torch.float64)
+    placeholders = [
+        torch.arange(length) if stored else None
+        for length, stored in zip(reversed(shape), orders, strict=True)
+    ]
+    return TileCosts(name, shape, cut, candidates, costs, *placeholders)
 
 
 def plan_budget(
@@ -194,11 +222,7 @@ def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Te
     path = None if directory is None else directory / "residual.safetensors"
     if path is not None and path.is_file():
         return checkpoint.read_tensors(path)[0]["residual"].long()
-    if not residual_permutable(scorer.source):
-        raise ValueError(
-            f"reorder must not be 'folded' for {type(scorer.source.skeleton).__name__}, whose "
-            "residual stream cannot be shown to be reorderable. Use reorder 'shared'."
-        )
+    check_foldable(scorer.source, scorer.method)
     total = torch.zeros(())
     assert scorer.statistics is not None
     for index in blocks(scorer.source, track, "residual"):

@@ -32,7 +32,7 @@ from bitmosaic.model.structure import (
     scale_group,
 )
 from bitmosaic.model.sweep import Sweep
-from bitmosaic.pipeline.allocate import allocate, check_budget
+from bitmosaic.pipeline.allocate import allocate, check_budget, check_foldable
 from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
 from bitmosaic.pipeline.common import (
     Structures,
@@ -96,6 +96,7 @@ def quantize(
         _check_allocation(source, allocation)
     elif budget is not None:
         check_budget(source, method, budget, plan)
+        check_foldable(source, method)
     work = _prepare_directories(output, options.overwrite)
     claim(
         work,
