@@ -148,80 +148,86 @@ looks back at 16 others on average, 256 KB for 4096 rows, which stays in L2."""
 
 
 class _Sweep:
-    """State of one compensated sweep; columns are kept as contiguous rows of `columns`."""
+    """State of one compensated sweep; columns are kept as contiguous rows of `columns`.
+
+    The factor's rows are divided by their diagonal beforehand, so that what moves on from a column
+    is its plain rounding residual.
+    """
 
     def __init__(
         self, ordered: Tensor, layer: LayerAllocation, visit: Tensor, static_groups: bool
     ) -> None:
         self.layer = layer
-        self.visit = visit
-        self.place = torch.empty_like(visit)
-        self.place[visit] = torch.arange(visit.numel())
+        self.visit = visit.tolist()
+        place = torch.empty_like(visit)
+        place[visit] = torch.arange(visit.numel())
         largest = float(ordered.abs().max())
-        self.formats = tuple(formats.get(each) for each in layer.formats)
-        self.scales = [fmt.tensor_scale(largest) for fmt in self.formats]
+        chosen = tuple(formats.get(each) for each in layer.formats)
+        scales = [fmt.tensor_scale(largest) for fmt in chosen]
         self.columns = ordered.to(torch.float32).t()[visit].contiguous()
+        widest = max(fmt.bits for fmt in chosen)
         self.codes = torch.zeros(
-            self.columns.shape,
-            dtype=torch.uint8 if all(f.bits <= 8 for f in self.formats) else torch.int32,
+            self.columns.shape, dtype=torch.uint8 if widest <= 8 else torch.int32
         )
-        self.groups = _Groups(layer, self.formats, self.scales, self.columns.shape[1])
+        self.groups = _Groups(layer, chosen, scales, self.columns.shape[1])
         self.static = static_groups
         if static_groups:
             for column in range(self.columns.shape[0]):
-                self.groups.enter(column, lambda part: self.columns[self.place[part]])
+                self.groups.enter(column, lambda part: self.columns[place[part]])
 
     def run(self, factor: Tensor) -> None:
         """Visit all columns, 128 at a time."""
+        factor = factor / factor.diagonal()[:, None]
         count = self.columns.shape[0]
         for start in range(0, count, _BLOCK):
             stop = min(start + _BLOCK, count)
-            errors = self._block(factor, start, stop)
+            residuals = self._block(factor, start, stop)
             if stop < count:
-                self.columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+                self.columns[stop:].addmm_(factor[start:stop, stop:].t(), residuals, alpha=-1)
 
     def _block(self, factor: Tensor, start: int, stop: int) -> Tensor:
-        errors = torch.empty_like(self.columns[start:stop])
+        """Round the columns of one block; return what each leaves, [columns, rows]."""
+        residuals = torch.empty_like(self.columns[start:stop])
+        codes = torch.empty_like(residuals)
         for first in range(start, stop, _SUB_BLOCK):
             last = min(first + _SUB_BLOCK, stop)
             for column in range(first, last):
-                done = errors[first - start : column - start]
                 value = self.columns[column]
-                if done.shape[0]:
-                    value = torch.addmv(value, done.t(), factor[first:column, column], alpha=-1)
-                    self.columns[column] = value
+                if column > first:
+                    done = residuals[first - start : column - start]
+                    value.addmv_(done.t(), factor[first:column, column], alpha=-1)
+                stored = self.visit[column]
                 if not self.static:
-                    # A group's later columns lie in this and later blocks; errors pending inside
-                    # the block are brought in before the group is fitted.
                     self.groups.enter(
-                        int(self.visit[column]),
-                        lambda part, at=column, low=first, base=start: self._current(
-                            part, at, low, base, errors, factor
+                        stored,
+                        lambda part, at=column, low=first: self._current(
+                            part, at, low, start, residuals, factor
                         ),
                     )
-                stored = int(self.visit[column])
-                rounded = self.groups.round(stored, value, self.codes[stored])
-                torch.sub(value, rounded, out=errors[column - start])
-                errors[column - start].div_(factor[column, column])
+                at = column - start
+                self.groups.round(stored, value, codes[at], residuals[at])
             if last < stop:
-                part = errors[first - start : last - start]
+                part = residuals[first - start : last - start]
                 self.columns[last:stop].addmm_(factor[first:last, last:stop].t(), part, alpha=-1)
-        return errors
+        self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
+        return residuals
 
     def _current(
-        self, part: Tensor, column: int, first: int, start: int, errors: Tensor, factor: Tensor
+        self, part: Tensor, column: int, first: int, start: int, residuals: Tensor, factor: Tensor
     ) -> Tensor:
-        """Weights of the columns `part` as compensated up to, not including, `column`."""
+        """Weights of the columns `part` (the first is `column`) as compensated so far.
+
+        What earlier columns leave reaches later ones late: inside the sub-block one by one, in the
+        block's later sub-blocks since `first`, beyond the block since `start`.
+        """
         value = self.columns[part].clone()
         inside = part < start + _BLOCK
-        # Columns of this sub-block lack the updates since `first`; of later sub-blocks too.
-        done = errors[first - start : column - start]
-        if done.shape[0]:
-            value[inside] -= factor[first:column][:, part[inside]].t() @ done
-            value[part == column] = self.columns[column]
-        if bool((~inside).any()):
-            block = errors[: column - start]
-            value[~inside] -= factor[start:column][:, part[~inside]].t() @ block
+        later = inside & (part != column)
+        value[later] -= factor[first:column][:, part[later]].t() @ residuals[
+            first - start : column - start
+        ]
+        beyond = ~inside
+        value[beyond] -= factor[start:column][:, part[beyond]].t() @ residuals[: column - start]
         return value
 
     def pack(self, weight: Tensor) -> QuantizedTensor:
@@ -243,7 +249,10 @@ class _Sweep:
 
 
 class _Groups:
-    """Parameters of all groups of a layer, fitted as the sweep enters them."""
+    """Parameters of all groups of a layer, fitted as the sweep enters them.
+
+    Scales are kept multiplied by the tensor scale, as [tile columns, groups, rows].
+    """
 
     def __init__(
         self,
@@ -257,93 +266,76 @@ class _Groups:
                 "compensated rounding must have formats with fixed grids, not "
                 f"{', '.join(layer.formats)}. Use nearest rounding for learned grids."
             )
-        self.layer, self.formats, self.tensor_scales = layer, chosen, scales
-        tile_rows, tile_columns = layer.tile
+        self.formats, self.tensor_scales = chosen, scales
+        tile_rows, self.tile_columns = layer.tile
+        self.width = layer.shape[1]
+        self.sizes = [fmt.group or self.tile_columns for fmt in chosen]
+        # Affine formats share the default power-of-two tensor scale, so that one division by the
+        # full scale serves all rows, and widths differ only in their largest code.
+        self.joint = all(fmt.is_affine for fmt in chosen) and len(set(self.sizes)) == 1
         self.row_formats = layer.tile_map.repeat_interleave(tile_rows, dim=0)[:rows]
-        self.tile_columns = tile_columns
-        width = layer.shape[1]
-        most = max(fmt.groups(tile_columns) for fmt in chosen)
-        shape = (layer.tile_map.shape[1], most, rows)
-        self.scale = torch.ones(shape)
-        self.zero_point = torch.zeros(shape)
-        self.width = width
+        most = max(fmt.groups(self.tile_columns) for fmt in chosen)
+        self.scale = torch.ones((layer.tile_map.shape[1], most, rows))
+        self.zero_point = torch.zeros_like(self.scale)
+        self.bottom = torch.zeros(rows)
         self.top = torch.tensor([2.0**fmt.bits - 1 for fmt in chosen])
-        self.all_affine = all(fmt.is_affine for fmt in chosen)
-        self._masks: dict[int, list[tuple[int, Tensor]]] = {}
-        self._tops: dict[int, Tensor] = {}
+        self._column = -1
+        self._members: list[tuple[int, Tensor]] = []
+        self._tops = self.bottom
 
     def members(self, tile_column: int) -> list[tuple[int, Tensor]]:
         """Formats present in a tile column with their rows."""
-        if tile_column not in self._masks:
+        if tile_column != self._column:
             column = self.row_formats[:, tile_column]
-            present = column.unique().tolist()
-            self._masks = {
-                tile_column: [(index, (column == index).nonzero()[:, 0]) for index in present]
-            }
-            self._tops = {tile_column: self.top[column.long()]}
-        return self._masks[tile_column]
+            self._members = [
+                (index, (column == index).nonzero()[:, 0]) for index in column.unique().tolist()
+            ]
+            self._tops = self.top[column.long()]
+            self._column = tile_column
+        return self._members
 
     def enter(self, stored: int, read: Callable[[Tensor], Tensor]) -> None:
         """Fit the groups whose first stored column is `stored`, from `read(columns) [n, rows]`."""
         tile_column, offset = divmod(stored, self.tile_columns)
+        if all(offset % size for size in self.sizes):
+            return
         end = min((tile_column + 1) * self.tile_columns, self.width)
-        value: Tensor | None = None
         for index, rows in self.members(tile_column):
-            fmt = self.formats[index]
-            size = fmt.group or self.tile_columns
+            fmt, size = self.formats[index], self.sizes[index]
             if offset % size or fmt.scale_format is None:
                 continue
-            columns = torch.arange(stored, min(stored + size, end))
-            if value is None or value.shape[0] != columns.numel():
-                value = read(columns)
+            value = read(torch.arange(stored, min(stored + size, end)))
             group = value[:, rows].t()[None, :, None] / self.tensor_scales[index]
             parameters = fmt.fit(group.contiguous())
-            place = (tile_column, offset // size, rows)
             assert parameters.scale is not None
-            self.scale[place] = parameters.scale[0, :, 0]
+            place = (tile_column, offset // size, rows)
+            self.scale[place] = parameters.scale[0, :, 0] * self.tensor_scales[index]
             zero = parameters.zero_point
             self.zero_point[place] = (
                 torch.tensor(fmt.fixed_zero_point) if zero is None else zero[0, :, 0]
             )
 
-    def round(self, stored: int, value: Tensor, codes: Tensor) -> Tensor:
-        """Round one column [rows]: write its codes, return the decoded values."""
+    def round(self, stored: int, value: Tensor, codes: Tensor, residual: Tensor) -> None:
+        """Round one column [rows]: write its codes (as floats) and value minus rounded value."""
         tile_column, offset = divmod(stored, self.tile_columns)
         members = self.members(tile_column)
-        if self.all_affine and len({self._size(index) for index, _ in members}) == 1:
-            return self._round_affine(tile_column, offset, members, value, codes)
-        rounded = torch.empty_like(value)
+        if self.joint:
+            scale = self.scale[tile_column, offset // self.sizes[0]]
+            zero_point = self.zero_point[tile_column, offset // self.sizes[0]]
+            torch.addcdiv(zero_point, value, scale, out=codes)
+            torch.clamp(codes.round_(), self.bottom, self._tops, out=codes)
+            torch.sub(codes, zero_point, out=residual)
+            torch.addcmul(value, residual, scale, value=-1, out=residual)
+            return
         for index, rows in members:
             fmt = self.formats[index]
-            place = (tile_column, offset // self._size(index), rows)
-            parameters = self._parameters(fmt, self.scale[place], self.zero_point[place])
-            column = value[rows][None, :, None, None] / self.tensor_scales[index]
-            code = fmt.encode(column, parameters)
+            place = (tile_column, offset // self.sizes[index], rows)
+            tensor_scale = self.tensor_scales[index]
+            parameters = self._parameters(index, self.scale[place], self.zero_point[place])
+            column = value[rows]
+            code = fmt.encode(column[None, :, None, None] / tensor_scale, parameters)
             codes[rows] = code.flatten().to(codes.dtype)
-            decoded = fmt.decode(code, parameters).flatten() * self.tensor_scales[index]
-            rounded[rows] = decoded
-        return rounded
-
-    def _round_affine(
-        self,
-        tile_column: int,
-        offset: int,
-        members: list[tuple[int, Tensor]],
-        value: Tensor,
-        codes: Tensor,
-    ) -> Tensor:
-        """Round rows of several affine widths at once: they differ only in the largest code."""
-        place = (tile_column, offset // self._size(members[0][0]))
-        # Affine formats share the default power-of-two tensor scale, so one number serves all.
-        scale = self.scale[place] * self.tensor_scales[members[0][0]]
-        zero_point = self.zero_point[place]
-        code = torch.div(value, scale).add_(zero_point).round_().clamp_(min=0)
-        torch.minimum(code, self._tops[tile_column], out=code)
-        codes.copy_(code)
-        return code.sub_(zero_point).mul_(scale)
-
-    def _size(self, index: int) -> int:
-        return self.formats[index].group or self.tile_columns
+            residual[rows] = column - fmt.decode(code, parameters).flatten() * tensor_scale
 
     def recall(self, section: Section) -> Parameters:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""
@@ -360,14 +352,15 @@ class _Groups:
             tiles = part.reshape(wide, section.groups, tall, section.rows).permute(2, 0, 3, 1)
             return tiles[section.picked]
 
-        return self._parameters(section.format, box(self.scale), box(self.zero_point))
+        return self._parameters(section.format_index, box(self.scale), box(self.zero_point))
 
-    @staticmethod
-    def _parameters(fmt: Format, scale: Tensor, zero_point: Tensor) -> Parameters:
+    def _parameters(self, index: int, scale: Tensor, zero_point: Tensor) -> Parameters:
+        """Undo the merging with the tensor scale (a power of two where there are scales: exact)."""
         if scale.dim() == 1:
             scale, zero_point = scale[None, :, None], zero_point[None, :, None]
+        fmt = self.formats[index]
         return Parameters(
-            scale if fmt.scale_format is not None else None,
+            scale / self.tensor_scales[index] if fmt.scale_format is not None else None,
             zero_point if fmt.stores_zero_point else None,
         )
 

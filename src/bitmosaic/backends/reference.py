@@ -17,10 +17,10 @@ from bitmosaic.backends.base import Backend
 from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.tensor import QuantizedTensor
-from bitmosaic.tiling import grid_shape, pack_planes
+from bitmosaic.tiling import pack_planes
 
 _CHUNK_WEIGHTS = 1 << 20
-"""Weights decoded at a time from a matrix of one tile.  Decoded at once it peaks at 14 bytes a
+"""Weights decoded at a time from a matrix whose rows stand alone.  Decoded at once it peaks at 14 bytes a
 weight (int8, measured); in pieces at 4.5, the result included, and in half the time."""
 
 
@@ -67,9 +67,11 @@ def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows_stand_alone(tensor: QuantizedTensor) -> bool:
-    """Tell whether one tile is the whole matrix, in order: then codes stand row after row."""
+    """Tell whether one format covers bands of whole rows, in order: codes then stand row by row."""
     return (
-        grid_shape(tensor.shape, tensor.tile) == (1, 1)
+        len(tensor.formats) == 1
+        and tensor.tile[1] == tensor.shape[1]
+        and tensor.formats[0].learned_grid is None
         and tensor.in_permutation is None
         and tensor.out_permutation is None
         and tensor.outlier_values is None
@@ -77,7 +79,7 @@ def _rows_stand_alone(tensor: QuantizedTensor) -> bool:
 
 
 def _take_rows(tensor: QuantizedTensor, rows: Tensor) -> QuantizedTensor:
-    """Cut rows (with repetition) out of a tensor of one tile, still packed.
+    """Cut rows (with repetition) out of a tensor whose rows stand alone, still packed.
 
     The result is decoded by the one decode law, so it cannot differ from the whole weight's rows.
     """
@@ -88,26 +90,35 @@ def _take_rows(tensor: QuantizedTensor, rows: Tensor) -> QuantizedTensor:
         bytes_a_row = groups * SCALE_DTYPES[fmt.scale_format].itemsize
         scales = scales.view(height, bytes_a_row).index_select(0, rows).flatten()
     if fmt.stores_zero_point:
-        points = _take_codes(points, fmt.bits, height, groups, rows)
+        points = _take_codes(points, fmt.bits, tensor, groups, rows)
     return replace(
         tensor,
         shape=(count, width),
         tile=(count, width),
-        codes=_take_codes(tensor.codes, fmt.bits, height, width, rows),
+        codes=_take_codes(tensor.codes, fmt.bits, tensor, width, rows),
         scales=scales,
         zero_points=points,
     )
 
 
-def _take_codes(packed: Tensor, bits: int, height: int, width: int, rows: Tensor) -> Tensor:
-    """Select rows of codes [height, width] that are packed as bit-planes."""
+def _take_codes(
+    packed: Tensor, bits: int, tensor: QuantizedTensor, width: int, rows: Tensor
+) -> Tensor:
+    """Select rows of `width` codes each out of bit-planes that stand band by band."""
+    height, band_rows = tensor.shape[0], tensor.tile[0]
+    band, inside = rows // band_rows, rows % band_rows
+    plane = packed_bytes(band_rows * width)
+    last_plane = packed_bytes((height - height // band_rows * band_rows) * width)
+    step = torch.where(band < height // band_rows, plane, last_plane)
+    start = band * bits * plane
     if width % 8 == 0:
-        planes = packed.view(bits, height, width // 8)
-        return planes.index_select(1, rows).flatten()
-    planes = packed.view(bits, packed_bytes(height * width))
-    place = (rows[:, None] * width + torch.arange(width, device=rows.device)).flatten()
+        columns = torch.arange(width // 8, device=rows.device)
+        planes = torch.arange(bits, device=rows.device)[:, None] * step
+        first = start + inside * (width // 8) + planes
+        return packed[(first[..., None] + columns).flatten()]
+    place = (inside * width)[:, None] + torch.arange(width, device=rows.device)
     codes = torch.zeros(place.shape, dtype=torch.int32, device=packed.device)
     for bit in range(bits):
-        octet = planes[bit].index_select(0, place >> 3).to(torch.int32)
+        octet = packed[(start + bit * step)[:, None] + (place >> 3)].to(torch.int32)
         codes |= ((octet >> (place & 7).to(torch.int32)) & 1) << bit
-    return pack_planes(codes[None], bits).flatten()
+    return pack_planes(codes.view(1, -1), bits).flatten()

@@ -1,6 +1,8 @@
 """One evaluation, from paths to a JSON-clean record of what was measured, on what, with what."""
 
 import hashlib
+import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -18,7 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bitmosaic import __version__
 from bitmosaic.checkpoint import tensor_files
 from bitmosaic.evaluation.divergence import DivergenceResult, divergence
-from bitmosaic.evaluation.overlap import overlap, warn_of_overlap
+from bitmosaic.evaluation.overlap import (
+    TOLERATED,
+    overlap,
+    sketched_overlap,
+    warn_of_overlap,
+)
 from bitmosaic.evaluation.perplexity import Progress, perplexity
 from bitmosaic.evaluation.text import (
     Tokenizer,
@@ -37,6 +44,8 @@ __all__ = [
     "open_text",
     "versions",
 ]
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 2**20
 
@@ -97,10 +106,8 @@ def evaluate(
         "dtype": str(dtype).removeprefix("torch."),
         "versions": versions(),
     }
-    if calibration_documents:
-        used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
-        record["calibration_overlap"] = overlap(calibration_documents, used)
-        warn_of_overlap(record["calibration_overlap"])
+    used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
+    record |= _overlap_with_calibration(path, record["text_digest"], used, calibration_documents)
     began = time.monotonic()
     if reference is None:
         record |= asdict(perplexity(ours, chosen.windows, batch=batch, progress=progress))
@@ -112,6 +119,38 @@ def evaluate(
         record |= divergence_figures(moved)
     record["seconds"] = round(time.monotonic() - began, 3)
     return record
+
+
+def _overlap_with_calibration(
+    path: Path, text_digest: str, used: list[str], documents: Sequence[str]
+) -> dict[str, float]:
+    """Measure how much of the evaluated text was calibrated on, and warn; nothing where unknown.
+
+    Without the calibration text, the sketch and the digest that recipe.json keeps of it serve.
+    """
+    known = _calibration_facts(path)
+    if documents:
+        share = overlap(documents, used)
+    elif isinstance(known.get("sketch"), str):
+        share = sketched_overlap(known["sketch"], used)
+    else:
+        return {}
+    warn_of_overlap(share)
+    if known.get("digest") == text_digest and share <= TOLERATED:
+        logger.warning(
+            "The evaluation text is the calibration text, if other parts of it. "
+            "Evaluate on a text that was not calibrated on."
+        )
+    return {"calibration_overlap": share}
+
+
+def _calibration_facts(path: Path) -> dict[str, Any]:
+    """Read what recipe.json says of the calibration text; nothing for a model without one."""
+    try:
+        facts = json.loads((path / "recipe.json").read_text())["calibration"]["text"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _runs(text: EvaluationText) -> list[Tensor]:

@@ -59,10 +59,11 @@ class Sfmp(RoundedMethod):
         tile_in: columns of a tile, usually the formats' group.
         score_by: ``fisher_error`` (ours) or ``fisher`` (the paper's).
         solver: ``lagrangian`` (one multiplier, any formats) or ``two_level`` (v1's threshold).
-        reorder: ``per_matrix`` sorts rows and columns of each matrix on its own, as published;
-            ``shared`` sorts columns once for all consumers of an input and folds an MLP's inner
-            order into both sides; ``folded`` keeps only orders that cost nothing, those inside an
-            MLP, inside heads, and one of the whole residual stream; ``none`` leaves the order.
+        reorder: ``folded`` sorts where it costs neither bytes nor time: inside an MLP, inside
+            heads, and the residual stream as a whole; ``shared`` sorts columns once for all
+            consumers of an input and rows of each matrix, folding what can be folded;
+            ``per_matrix`` sorts rows and columns of each matrix on its own, as published;
+            ``none`` leaves the order.
     """
 
     name: ClassVar[str] = "sfmp"
@@ -72,7 +73,7 @@ class Sfmp(RoundedMethod):
     tile_in: int = 128
     score_by: str = "fisher_error"
     solver: str = "lagrangian"
-    reorder: str = "shared"
+    reorder: str = "folded"
 
     def __post_init__(self) -> None:
         """Check the parameters before any work."""

@@ -7,6 +7,7 @@ second budget needs neither weights nor statistics.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from bitmosaic.model.residual import residual_permutable
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, permute_residual_block
 from bitmosaic.pipeline.calibrate import Statistics
-from bitmosaic.pipeline.common import Structures, Track, block_file, blocks, claim, digest, quiet
+from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.tiling import clip_tile, grid_shape
+
+
+logger = logging.getLogger(__name__)
 
 
 def allocate(
@@ -118,25 +122,16 @@ def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPla
     plan.check(tables, budget)
 
 
-def check_foldable(source: Source, method: Method) -> None:
-    """Refuse, before any work, to fold an order into a residual stream that does not allow it."""
-    if method.folds_residual and not residual_permutable(source):
-        raise ValueError(
-            f"reorder must not be 'folded' for {type(source.skeleton).__name__}, whose "
-            "residual stream cannot be shown to be reorderable. Use reorder 'shared'."
-        )
-
-
 def _stored_orders(source: Source, method: Method) -> dict[str, tuple[bool, bool]]:
     """Tell by full name which matrices will store an order of (in_channels, out_channels)."""
     if not method.stores_orders:
         return {}
-    structures = Structures(source)
+    found = structures(source)
     return {
         f"{prefix}.{name}": sides
         for index, prefix in enumerate(source.block_names)
         for name, sides in method.stored_orders(
-            structures.of(index, source.empty_block(index))
+            found.of(index, source.empty_block(index))
         ).items()
     }
 
@@ -196,7 +191,7 @@ class _Scorer:
 
     def __init__(self, source: Source, method: Method, statistics: Statistics | None) -> None:
         self.source, self.method, self.statistics = source, method, statistics
-        self.structures = Structures(source)
+        self.structures = structures(source)
 
     def score(self, index: int, residual: Tensor | None) -> BlockScores:
         block = self.source.load_block(index)
@@ -222,11 +217,17 @@ def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Te
     path = None if directory is None else directory / "residual.safetensors"
     if path is not None and path.is_file():
         return checkpoint.read_tensors(path)[0]["residual"].long()
-    check_foldable(scorer.source, scorer.method)
+    if not residual_permutable(scorer.source):
+        logger.warning(
+            "%s: no order can be folded into its residual stream, which stays as it is; only the "
+            "insides of its blocks are reordered",
+            type(scorer.source.skeleton).__name__,
+        )
+        return None
     total = torch.zeros(())
     assert scorer.statistics is not None
     for index in blocks(scorer.source, track, "residual"):
-        found = scorer.structures.of(index, scorer.source.load_block(index))
+        found = scorer.structures.of(index, scorer.source.empty_block(index))
         columns = scorer.statistics.read(index, "fisher", "columns")
         rows = scorer.statistics.read(index, "fisher", "rows")
         readers = [name for group in found.inputs if group.reads_residual for name in group.linears]

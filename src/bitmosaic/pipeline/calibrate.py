@@ -91,12 +91,12 @@ def calibrate(
     names: Sequence[str] = ("fisher",),
     memory_cap: int = DEFAULT_MEMORY_CAP,
     track: Track = quiet,
-    text: str = "",
+    text: Any = "",
 ) -> Statistics:
     """Measure statistics of all linear layers over calibration sequences [samples, tokens].
 
     The same call goes on with an interrupted run of the same model, tokens and statistics.
-    `text` (a digest) is kept in the manifest, so that evaluation can tell calibration text.
+    `text` (plain JSON: digest, sketch) is kept in the manifest, so that evaluation can tell calibration text.
     """
     for name in names:
         if statistics.get(name).observes != "gradient":

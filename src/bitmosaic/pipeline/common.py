@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +41,8 @@ class Structures:
             sweep = self._probe()
             hidden = sweep.inputs(0)[0]
             self._found[key] = structure(
-                block, lambda candidate: sweep.run(index, candidate, hidden)
+                self._source.empty_block(index),
+                lambda candidate: sweep.run(index, candidate, hidden),
             )
         return self._found[key]
 
@@ -52,6 +54,12 @@ class Structures:
             self._sweep = Sweep(self._source, tokens)
             self._sweep.embed()
         return self._sweep
+
+
+@functools.lru_cache(maxsize=1)
+def structures(source: Source) -> Structures:
+    """Return the structures of a source; those last asked for are kept, since proving takes time."""
+    return Structures(source)
 
 
 def digest(value: Any) -> str:
@@ -91,8 +99,11 @@ def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) 
                 f"{directory} must be of the same run to go on with it, but it differs in "
                 f"{', '.join(differing)}. {remedy}"
             )
+        for rest in directory.glob(".*.tmp"):  # of a run killed while it wrote a file
+            rest.unlink()
         return
-    if directory.exists() and any(directory.iterdir()):
+    begun = set(directory.glob(f".{file}.*.tmp"))  # of a run killed while it wrote its first file
+    if directory.exists() and not begun.issuperset(directory.iterdir()):
         raise FileExistsError(
             f"{directory} must be new or empty, but it holds other files. {remedy}"
         )

@@ -6,10 +6,11 @@ call goes on with an unfinished directory of the same run, and ends with the sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,19 @@ from bitmosaic.model.structure import (
     scale_group,
 )
 from bitmosaic.model.sweep import Sweep
-from bitmosaic.pipeline.allocate import allocate, check_budget, check_foldable
+from bitmosaic.pipeline.allocate import allocate, check_budget
 from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
 from bitmosaic.pipeline.common import (
-    Structures,
     Track,
     block_file,
     blocks,
     claim,
     quiet,
+    read_json,
+    structures,
     tokens_digest,
 )
-from bitmosaic.pipeline.output import OutputPlan, assemble, pack_rest
+from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble, pack_rest
 from bitmosaic.tensor import QuantizedTensor
 
 RUN = "run.json"
@@ -56,18 +58,20 @@ class QuantizeOptions:
     Attributes:
         embedding: format of the input embeddings, or ``keep``.
         head: format of an untied output head, or ``keep``.
-        overwrite: replace an existing output, and drop an unfinished run.
+        overwrite: replace an existing output, and drop an unfinished run of another kind.
         memory_cap: bytes of block inputs kept in memory before files are used.
+        shard_bytes: largest size of one output file.
         keep_statistics: where to leave statistics and scores for further budgets; None drops them.
-        text: digest of the calibration text, kept in recipe.json.
+        text: plain JSON about the calibration text (digest, sketch), kept in recipe.json.
     """
 
     embedding: str = "int8"
     head: str = "int8"
     overwrite: bool = False
     memory_cap: int = DEFAULT_MEMORY_CAP
+    shard_bytes: int = SHARD_BYTES
     keep_statistics: Path | None = None
-    text: str = ""
+    text: Any = ""
 
 
 def quantize(
@@ -90,20 +94,15 @@ def quantize(
     the output exists, or something that the method needs is missing.
     """
     options = options or QuantizeOptions()
-    plan = OutputPlan(source, options.embedding, options.head)
+    plan = OutputPlan(source, options.embedding, options.head, options.shard_bytes)
     _check_request(method, budget, allocation, tokens, statistics_directory)
     if allocation is not None:
         _check_allocation(source, allocation)
     elif budget is not None:
         check_budget(source, method, budget, plan)
-        check_foldable(source, method)
-    work = _prepare_directories(output, options.overwrite)
-    claim(
-        work,
-        RUN,
-        _identity(source, method, budget, tokens, statistics_directory, allocation, options),
-        "Use --overwrite to start again.",
-    )
+    identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
+    work = _prepare_directories(output, options.overwrite, identity)
+    claim(work, RUN, identity, "Use --overwrite to start again.")
     if allocation is None:
         assert budget is not None
         allocation = _allocation(
@@ -124,8 +123,9 @@ def quantize(
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir()
     total = assemble(plan, allocation, packer.index(), finished, facts)
-    if output.exists():
-        shutil.rmtree(output)
+    if output.exists():  # moved aside first: a half-deleted one would be no model directory
+        shutil.rmtree(work / "replaced", ignore_errors=True)
+        output.replace(work / "replaced")
     finished.replace(output)
     checkpoint.sync_directory(output.parent)
     shutil.rmtree(work)
@@ -166,8 +166,13 @@ def _check_allocation(source: Source, allocation: Allocation) -> None:
         )
 
 
-def _prepare_directories(output: Path, overwrite: bool) -> Path:
-    work = output.with_name(output.name + ".unfinished")
+def work_directory(output: Path) -> Path:
+    """Where the work on an output is done until it is complete."""
+    return output.with_name(output.name + ".unfinished")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, or that is to be replaced but is no model directory."""
     if output.exists() and not overwrite:
         raise FileExistsError(
             f"{output} must not exist yet. Give another output, or --overwrite to replace it."
@@ -177,7 +182,12 @@ def _prepare_directories(output: Path, overwrite: bool) -> Path:
             f"{output} must be a model directory to be replaced, and it holds other things. "
             "Give another output."
         )
-    if overwrite and work.exists() and (work / RUN).is_file():
+
+
+def _prepare_directories(output: Path, overwrite: bool, identity: Mapping[str, Any]) -> Path:
+    check_output(output, overwrite)
+    work = work_directory(output)
+    if overwrite and (work / RUN).is_file() and read_json(work / RUN) != identity:
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     return work
@@ -203,11 +213,27 @@ def _identity(
         "statistics": None
         if statistics_directory is None
         else Statistics.open(statistics_directory).manifest,
-        "allocation": None if allocation is None else allocation.recipe,
+        "allocation": None if allocation is None else _allocation_digest(allocation),
         "embedding": options.embedding,
         "head": options.head,
+        "shard_bytes": options.shard_bytes,
         "threads": torch.get_num_threads(),
     }
+
+
+def _allocation_digest(allocation: Allocation) -> str:
+    """Hash a plan: two with the same recipe may stem from different calibrations."""
+    content = hashlib.sha256()
+    orders: list[tuple[str, Tensor | None]] = [("residual", allocation.residual)]
+    orders += sorted(allocation.ties.items())
+    for name, layer in sorted(allocation.layers.items()):
+        content.update(json.dumps([name, layer.shape, layer.tile, layer.formats]).encode())
+        content.update(layer.tile_map.numpy().tobytes())
+        orders += [(f"{name}.in", layer.in_permutation), (f"{name}.out", layer.out_permutation)]
+    for name, order in orders:
+        content.update(name.encode())
+        content.update(b"" if order is None else order.long().numpy().tobytes())
+    return content.hexdigest()
 
 
 def _allocation(
@@ -262,8 +288,8 @@ class _Packer:
         self.source, self.method, self.allocation = source, method, allocation
         self.work, self.options = work, options
         self.tokens = tokens
-        self.structures = Structures(source)
-        self.plan = OutputPlan(source, options.embedding, options.head)
+        self.structures = structures(source)
+        self.plan = OutputPlan(source, options.embedding, options.head, options.shard_bytes)
 
     def run(self, track: Track) -> None:
         """Pack all blocks and the rest; what is on disk already is not packed again."""

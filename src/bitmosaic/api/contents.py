@@ -1,0 +1,124 @@
+"""inspect: what a packed checkpoint stores where, from headers and tile maps alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmosaic import checkpoint, formats
+from bitmosaic.checkpoint import Entry, PackedCheckpoint
+from bitmosaic.formats.base import packed_bytes
+from bitmosaic.pipeline.common import read_json
+from bitmosaic.tensor import ARRAYS, QuantizedTensor, map_bits
+from bitmosaic.tiling import grid_shape, tile_sizes
+
+RECIPE_KEYS = ("method", "parameters", "budget", "bits_per_weight", "versions")
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Describe a packed checkpoint: each matrix, totals by kind of array, the whole files.
+
+    ``bits_per_weight`` and ``code_bits`` are over the matrices of the decoder blocks;
+    embeddings and head are listed, but not counted there.
+    """
+    packed = checkpoint.open_packed(Path(directory))
+    files = checkpoint.tensor_files(packed.directory)
+    entries = {name: entry for file in files for name, entry in checkpoint.read_entries(file).items()}
+    matrices = [_matrix(packed, name, entries) for name in packed.tensors]
+    kinds: Counter[str] = Counter()
+    for matrix in matrices:
+        kinds.update(matrix["arrays"])
+    kinds["unquantized"] = sum(entries[name].nbytes for name in packed.plain())
+    total = sum(file.stat().st_size for file in files)
+    kinds["headers"] = total - sum(kinds.values())
+    blocks = [matrix for matrix in matrices if matrix["in_block"]]
+    recipe = packed.directory / "recipe.json"
+    facts = read_json(recipe) if recipe.is_file() else {}
+    weights = sum(matrix["weights"] for matrix in blocks)
+    return {
+        "directory": str(directory),
+        "bytes": total,
+        "weights": weights,
+        "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in blocks) / max(1, weights),
+        "code_bits": sum(m["code_bits"] * m["weights"] for m in blocks) / max(1, weights),
+        "formats": _shares(blocks),
+        "kinds": dict(kinds),
+        "recipe": {key: facts[key] for key in RECIPE_KEYS if key in facts},
+        "matrices": matrices,
+    }
+
+
+def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> dict[str, Any]:
+    described = packed.tensors[name]
+    shape, tile = tuple(described["shape"]), tuple(described["tile"])
+    counts = _weights_by_format(packed, name)
+    weights = shape[0] * shape[1]
+    arrays = {
+        key: entries[f"{name}.{key}"].nbytes for key in ARRAYS if f"{name}.{key}" in entries
+    }
+    return {
+        "name": name,
+        "shape": list(shape),
+        "tile": list(tile),
+        # The blocks are the members of a list, so that their paths have a number.
+        "in_block": any(part.isdigit() for part in name.split(".")),
+        "weights": weights,
+        "formats": {key: count / weights for key, count in counts.items()},
+        "code_bits": sum(formats.get(key).bits * count for key, count in counts.items()) / weights,
+        "bits_per_weight": 8 * sum(arrays.values()) / weights,
+        "bytes": sum(arrays.values()),
+        "arrays": arrays,
+    }
+
+
+def _weights_by_format(packed: PackedCheckpoint, name: str) -> dict[str, int]:
+    """Count a matrix's weights in each of its formats."""
+    described = packed.tensors[name]
+    shape, tile, names = tuple(described["shape"]), tuple(described["tile"]), described["formats"]
+    heights, widths = tile_sizes(shape, tile)
+    areas = heights[:, None] * widths[None]
+    index = _tile_formats(packed, name, shape, tile, names).long()
+    sums = torch.zeros(len(names), dtype=torch.int64)
+    sums.index_add_(0, index.flatten(), areas.flatten().long())
+    return {key: int(count) for key, count in zip(names, sums, strict=True)}
+
+
+def _tile_formats(
+    packed: PackedCheckpoint,
+    name: str,
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    names: list[str],
+) -> Tensor:
+    tensor = QuantizedTensor(shape, tile, tuple(formats.get(each) for each in names))
+    tall, wide = grid_shape(shape, tile)
+    wanted = map_bits(len(names)) * packed_bytes(tall * wide)
+    full = f"{name}.tile_map"
+    if wanted:
+        stored = None
+        if full in packed.files:
+            stored = checkpoint.read_tensors(packed.files[full], [full])[0][full]
+        if stored is None or stored.dtype != torch.uint8 or stored.numel() != wanted:
+            raise ValueError(f"{full} must be {wanted} bytes (uint8). The file is damaged.")
+        tensor.tile_map = stored
+    index = tensor.tile_formats()
+    if int(index.max()) >= len(names):
+        raise ValueError(
+            f"{full} must hold indices below {len(names)}, not {int(index.max())}. "
+            "The file is damaged."
+        )
+    return index
+
+
+def _shares(matrices: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of all weights in each format."""
+    sums: Counter[str] = Counter()
+    for matrix in matrices:
+        for name, share in matrix["formats"].items():
+            sums[name] += share * matrix["weights"]
+    total = sum(matrix["weights"] for matrix in matrices) or 1
+    return {name: sums[name] / total for name in sorted(sums)}

@@ -1,0 +1,115 @@
+"""evaluate, generate and load from paths and plain values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmosaic import evaluation
+from bitmosaic.evaluation.generation import Generation
+from bitmosaic.evaluation.generation import generate as run_generation
+from bitmosaic.evaluation.model import (
+    check_files,
+    context_length,
+    open_tokenizer,
+    silence_loading,
+)
+from bitmosaic.evaluation.perplexity import Progress
+from bitmosaic.evaluation.record import resolve
+from bitmosaic.integrations.loading import load
+
+__all__ = ["evaluate", "generate", "load"]
+
+DEFAULT_SEQLEN = 2048
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    seqlen: int | None = None,
+    reference: str | Path | None = None,
+    windows: int | None = None,
+    by_document: bool = False,
+    calibration: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model, packed or not, on a text; return a record of plain values.
+
+    Args:
+        model: Directory or hub id.
+        text: Any source that `evaluation.read_text` takes.
+        seqlen: Tokens of a window; without it 2048, or the model's context where that is shorter.
+        reference: The original; adds KL divergence and top-1 agreement.
+        windows: Keep at most this many windows.
+        by_document: Score each document by itself, up to `seqlen` tokens.
+        calibration: The calibration text, to measure how much of `text` it contains; without it
+            the sketch in recipe.json serves.
+        dtype: float32, bfloat16 or float16.
+        device: Where the models run.
+        progress: Called with (windows done, windows in all).
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
+    path = _open(model)
+    if reference is not None:
+        _open(reference)
+    context = context_length(path)
+    length = seqlen or min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
+    try:
+        return evaluation.evaluate(
+            model,
+            text,
+            seqlen=length,
+            limit=windows,
+            by_document=by_document,
+            reference=reference,
+            calibration_documents=(
+                () if calibration is None else evaluation.read_text(calibration, "train")
+            ),
+            dtype=_DTYPES[dtype],
+            device=device,
+            progress=progress,
+        )
+    except IndexError as error:
+        if context is None or length <= context:
+            raise
+        # Learned positions end with the context; rotary ones go on, if with worse results.
+        raise ValueError(
+            f"seqlen must be at most the model's context of {context} tokens, not {length}. "
+            f"Use --seqlen {context}."
+        ) from error
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Generation:
+    """Go on with a prompt by a model, packed or not; greedy unless a temperature is given."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
+    path = _open(model)
+    loaded = evaluation.load_model(path, dtype=_DTYPES[dtype], device=device)
+    return run_generation(
+        loaded, open_tokenizer(path), prompt, tokens=tokens, temperature=temperature, seed=seed
+    )
+
+
+def _open(model: str | Path) -> Path:
+    """Find a model and check its files before transformers sees them."""
+    path = resolve(model)
+    check_files(path)
+    open_tokenizer(path)
+    silence_loading()
+    return path

@@ -1,0 +1,101 @@
+"""From plain values to budgets and methods, with every mistake named before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from bitmosaic import methods
+from bitmosaic.allocation import Allocation, Budget, parse_size
+from bitmosaic.methods import Method
+
+DEFAULT_METHOD = "sfmp"
+_ALIASES = {"score": "score_by"}  # a method's `score` is its hook, so the field has another name
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def make_budget(bits: float | None, size: str | int | None) -> Budget | None:
+    """Read a budget; None where neither is given."""
+    if bits is not None and size is not None:
+        raise ValueError(f"budget must be either bits or size, not both ({bits} and {size}).")
+    if bits is not None:
+        return Budget(bits=float(bits))
+    if size is not None:
+        return Budget(size=size) if isinstance(size, int) else parse_size(size)
+    return None
+
+
+def choose_method(
+    name: str | None, parameters: Mapping[str, Any], allocation: Allocation | None = None
+) -> Method:
+    """Build the method; one of an allocation made earlier starts from the parameters kept in it."""
+    if allocation is None:
+        return make_method(name or DEFAULT_METHOD, parameters)
+    kept = allocation.recipe.get("method", name or DEFAULT_METHOD)
+    if name is not None and name != kept:
+        raise ValueError(
+            f"method must be {kept}, which made the allocation, not {name!r}. Leave it out."
+        )
+    return make_method(kept, {**allocation.recipe.get("parameters", {}), **parameters})
+
+
+def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
+    """Build a method from parameters by name, which may still be text."""
+    kind = methods.get(name)
+    hints = get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    chosen: dict[str, Any] = {}
+    for key, value in parameters.items():
+        field = key if key in known else _ALIASES.get(key, key)
+        if field not in known:
+            raise ValueError(
+                f"parameter of method {name} must be one of {', '.join(known)}, not {key!r}. "
+                "Choose one of them, or another method."
+            )
+        chosen[field] = typed(f"{key} of method {name}", value, hints[field])
+    return kind(**chosen)
+
+
+def typed(thing: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the type of a dataclass field: bool, int, float, str or tuple of str."""
+    readers = {bool: _read_bool, int: _read_int, float: _read_float, str: _read_str}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    reader = readers.get(hint, _read_names)
+    try:
+        return reader(value)
+    except (ValueError, TypeError, KeyError) as error:
+        wanted = words.get(hint, "names separated by commas")
+        raise ValueError(f"{thing} must be {wanted}, not {value!r}. Correct it.") from error
+
+
+def _read_bool(value: Any) -> bool:
+    return value if isinstance(value, bool) else _BOOLEANS[value.lower()]
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _read_names(value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    names = tuple(_read_str(part).strip() for part in parts)
+    if not all(names):
+        raise ValueError
+    return names

@@ -1,0 +1,310 @@
+"""calibrate, allocate and quantize from paths and plain values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitmosaic import checkpoint, pipeline
+from bitmosaic.allocation import Allocation, Budget
+from bitmosaic.api.requests import DEFAULT_METHOD, choose_method, make_budget, make_method
+from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
+from bitmosaic.methods import Method
+from bitmosaic.model.source import Source
+from bitmosaic.pipeline import QuantizeOptions, Statistics
+from bitmosaic.pipeline.allocate import check_budget
+from bitmosaic.pipeline.calibrate import MANIFEST
+from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
+from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.quantize import check_output, work_directory
+
+DEFAULT_SAMPLES = 64
+"""Calibration windows: half of the field's usual 128, since two CPU cores must bear them."""
+
+
+def calibrate(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | CalibrationText,
+    samples: int = DEFAULT_SAMPLES,
+    seqlen: int | None = None,
+    seed: int = 0,
+    track: Track = quiet,
+) -> Statistics:
+    """Measure a model's statistics on a calibration text and keep them in a directory.
+
+    Args:
+        model: Directory or hub id of the original.
+        output: Directory for the statistics; an unfinished one of the same run is gone on with.
+        calibration: Any source that `evaluation.read_text` takes.
+        samples: Windows chosen from the text.
+        seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
+        seed: Of the choice of windows.
+        track: Shows progress.
+    """
+    source = Source(model)
+    text = _open_text(source, calibration, samples, seqlen, seed, track)
+    return _measure(source, Path(output), text, track)
+
+
+def allocate(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    bits: float | None = None,
+    size: str | int | None = None,
+    method: str = DEFAULT_METHOD,
+    statistics: str | Path | None = None,
+    embedding: str = "int8",
+    head: str = "int8",
+    overwrite: bool = False,
+    track: Track = quiet,
+    **parameters: Any,
+) -> Allocation:
+    """Decide the format of every tile under a budget; write it where `output` is given.
+
+    Args:
+        model: Directory or hub id of the original.
+        output: File for the allocation (.safetensors).
+        bits: Budget in bits_per_weight over the quantized matrices, everything counted.
+        size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        method: Name of a method.
+        statistics: Finished statistics directory, where the method needs one.
+        embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
+        head: The same for an output head that is not tied.
+        overwrite: Replace an existing file.
+        track: Shows progress.
+        **parameters: The method's own.
+    """
+    budget = make_budget(bits, size)
+    if budget is None:
+        raise ValueError("allocate must have a budget. Give --bits or --size.")
+    chosen = make_method(method, parameters)
+    target = None if output is None else Path(output)
+    if target is not None and target.exists() and not overwrite:
+        raise FileExistsError(
+            f"{target} must not exist yet. Give another output, or --overwrite to replace it."
+        )
+    source = Source(model)
+    allocation = pipeline.allocate(
+        source,
+        chosen,
+        budget,
+        statistics=None if statistics is None else Statistics.open(Path(statistics)),
+        plan=OutputPlan(source, embedding, head),
+        track=track,
+    )
+    if target is not None:
+        allocation.save(target)
+    return allocation
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    bits: float | None = None,
+    size: str | int | None = None,
+    method: str | None = None,
+    calibration: str | Path | CalibrationText | None = None,
+    samples: int = DEFAULT_SAMPLES,
+    seqlen: int | None = None,
+    seed: int = 0,
+    statistics: str | Path | None = None,
+    allocation: str | Path | None = None,
+    embedding: str = "int8",
+    head: str = "int8",
+    overwrite: bool = False,
+    resume: bool = False,
+    track: Track = quiet,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Fit a model into a budget and write the packed checkpoint; return the facts of recipe.json.
+
+    The same call goes on with an interrupted run.
+
+    Args:
+        model: Directory or hub id of the original.
+        output: Directory of the packed checkpoint; work is done in OUTPUT.unfinished beside it.
+        bits: Budget in bits_per_weight over the quantized matrices, everything counted.
+        size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        method: Name of a method; without it sfmp, or the one that made the allocation.
+        calibration: Any source that `evaluation.read_text` takes; read only where it is needed.
+        samples: Windows chosen from the text.
+        seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
+        seed: Of the choice of windows.
+        statistics: Directory of statistics: used where finished, else they are measured into it.
+        allocation: File of an allocation made earlier, in place of a budget.
+        embedding: Format of the input embeddings, or "keep".
+        head: The same for an output head that is not tied.
+        overwrite: Replace an existing output.
+        resume: Take a finished output of the same run for the answer; its facts then hold
+            ``already_complete``.
+        track: Shows progress.
+        **parameters: The method's own.
+    """
+    output = Path(output)
+    if overwrite and resume:
+        raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
+    budget = make_budget(bits, size)
+    plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
+    if (budget is None) == (plan is None):
+        raise ValueError(
+            "quantize must have either a budget or an allocation. Give one of --bits, --size and "
+            "--allocation."
+        )
+    chosen = choose_method(method, parameters, plan)
+    if not (resume and output.exists()):
+        check_output(output, overwrite)
+    source = Source(model)
+    if budget is not None:
+        check_budget(source, chosen, budget, OutputPlan(source, embedding, head))
+    directory = None
+    if statistics is not None and plan is None and chosen.statistics:
+        directory = Path(statistics)
+    text = None
+    if _needs_text(chosen, plan, directory):
+        _require_text(chosen, calibration)
+        assert calibration is not None
+        text = _open_text(source, calibration, samples, seqlen, seed, track)
+    if resume and output.exists():
+        request = _request(source, chosen, budget, plan, text, embedding, head)
+        return _finished(output, request)
+    facts = {} if text is None else text.facts
+    if directory is not None:
+        facts = _statistics_for(source, directory, text, track) or facts
+    options = QuantizeOptions(embedding=embedding, head=head, overwrite=overwrite, text=facts)
+    with nothing_left(work_directory(output)):
+        return pipeline.quantize(
+            source,
+            chosen,
+            budget,
+            output,
+            tokens=None if text is None else text.tokens,
+            statistics_directory=directory,
+            allocation=plan,
+            options=options,
+            track=track,
+        )
+
+
+@contextmanager
+def nothing_left(directory: Path) -> Iterator[None]:
+    """Remove a directory that bad input left half-written; one that was there before stays.
+
+    Only for ValueError: after a full disk or an interrupt the same call can go on.
+    """
+    existed = directory.exists()
+    try:
+        yield
+    except ValueError:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be an allocation file, but there is none.")
+    return path
+
+
+def _is_finished(directory: Path) -> bool:
+    try:
+        Statistics.open(directory)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _needs_text(method: Method, allocation: Allocation | None, statistics: Path | None) -> bool:
+    if method.block_statistics:
+        return True
+    if allocation is not None or not method.statistics:
+        return False
+    return statistics is None or not _is_finished(statistics)
+
+
+def _require_text(method: Method, calibration: object) -> None:
+    if calibration is None:
+        needed = ", ".join(dict.fromkeys((*method.statistics, *method.block_statistics)))
+        raise ValueError(
+            f"method {method.name} must have calibration text for its statistics ({needed}). "
+            "Give --calibration."
+        )
+
+
+def _open_text(
+    source: Source,
+    calibration: str | Path | CalibrationText,
+    samples: int,
+    seqlen: int | None,
+    seed: int,
+    track: Track,
+) -> CalibrationText:
+    if isinstance(calibration, CalibrationText):
+        return calibration
+    opened = [
+        open_calibration(source.path, name, samples=samples, seqlen=seqlen, seed=seed)
+        for name in track([calibration], "read text", 1)
+    ]
+    return opened[0]
+
+
+def _measure(source: Source, directory: Path, text: CalibrationText, track: Track) -> Statistics:
+    with nothing_left(directory):
+        return pipeline.calibrate(source, text.tokens, directory, track=track, text=text.facts)
+
+
+def _statistics_for(
+    source: Source, directory: Path, text: CalibrationText | None, track: Track
+) -> Any:
+    """Finish a statistics directory if it is not; return the facts of its text."""
+    if not _is_finished(directory):
+        assert text is not None
+        _measure(source, directory, text, track)
+    manifest: dict[str, Any] = read_json(directory / MANIFEST)
+    return manifest.get("text")
+
+
+def _request(
+    source: Source,
+    method: Method,
+    budget: Budget | None,
+    allocation: Allocation | None,
+    text: CalibrationText | None,
+    embedding: str,
+    head: str,
+) -> dict[str, Any]:
+    """What recipe.json of the finished output must say."""
+    assert budget is not None or allocation is not None
+    asked = str(budget) if allocation is None else allocation.recipe.get("budget")
+    request: dict[str, Any] = {
+        "model": source.digest,
+        "method": method.name,
+        "parameters": method.parameters(),
+        "budget": asked,
+        "embedding": embedding,
+        "head": head,
+    }
+    if text is not None:
+        request["tokens"] = tokens_digest(text.tokens)
+    return request
+
+
+def _finished(output: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a finished output of the same run, or refuse another's."""
+    checkpoint.open_packed(output)
+    facts = read_json(output / "recipe.json")
+    found = {**facts, "tokens": facts.get("calibration", {}).get("tokens")}
+    differing = sorted(key for key, value in request.items() if found.get(key) != value)
+    if differing:
+        raise FileExistsError(
+            f"{output} must be of the same run to resume it, but it differs in "
+            f"{', '.join(differing)}. Give another output, or --overwrite to replace it."
+        )
+    return {**facts, "already_complete": True}
