@@ -77,12 +77,6 @@ def logits(model: PreTrainedModel, prompt: Tensor) -> Tensor:
     return model(prompt, use_cache=False).logits.double()
 
 
-def rounding_noise(directory: Path, prompt: Tensor) -> float:
-    """Return by how much rounding alone moves a model's float32 logits: float32 against float64."""
-    plain = logits(load(directory), prompt)
-    return float((plain - logits(load(directory, torch.float64), prompt)).abs().max())
-
-
 def content(directory: Path) -> dict[str, bytes]:
     """Read every file of a directory."""
     return {

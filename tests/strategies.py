@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitmosaic import formats
+from bitmosaic import checkpoint, formats
 from bitmosaic.allocation import LayerAllocation
+from bitmosaic.rounding import encode_nearest, nearest
+from bitmosaic.tensor import QuantizedTensor, pack
 from bitmosaic.tiling import grid_shape
 
 THIRD_PARTY = {"nv": "families.nv", "learned": "families.learned"}
@@ -109,3 +113,65 @@ def layers(draw: st.DrawFn, names: tuple[str, ...]) -> LayerAllocation:
         in_permutation=draw(st.booleans()),
         out_permutation=draw(st.booleans()),
     )
+
+
+def packed_tensors() -> dict[str, QuantizedTensor]:
+    """Make three packed weights that between them use every stored array of the built-in formats."""
+    mixed = random_layer(
+        1,
+        (24, 70),
+        (8, 32),
+        ("int3-g16", "pruned", "fp8-e4m3-g32", "int4-sym", "bf16"),
+        in_permutation=True,
+        out_permutation=True,
+    )
+    weight = weights(1, mixed.shape)
+    plain = random_layer(2, (16, 32), (16, 32), ("int4-g128",))
+    halves = random_layer(3, (10, 40), (5, 8), ("int2-g8", "fp8-e5m2-tensor"))
+    return {
+        "layer.mixed": pack(
+            weight,
+            mixed.tile,
+            mixed.tile_map,
+            mixed.formats,
+            encode_nearest,
+            in_permutation=mixed.in_permutation,
+            out_permutation=mixed.out_permutation,
+            outliers=weight.abs() > 1,
+        ),
+        "layer.plain": nearest(weights(2, plain.shape), plain),
+        "layer.halves": nearest(weights(3, halves.shape), halves),
+    }
+
+
+def write_packed(directory: Path, *, shards: int = 1) -> dict[str, QuantizedTensor]:
+    """Write `packed_tensors` and a norm as a checkpoint directory of one or more tensor files."""
+    tensors = packed_tensors()
+    arrays = {
+        f"{name}.{key}": array
+        for name, tensor in tensors.items()
+        for key, array in tensor.arrays().items()
+    }
+    arrays["norm.weight"] = torch.ones(70)
+    config = {
+        "model_type": "llama",
+        "quantization_config": {
+            "quant_method": "bitmosaic",
+            "format_version": 1,
+            "tensors": {name: checkpoint.describe(tensor) for name, tensor in tensors.items()},
+        },
+    }
+    checkpoint.write_text(directory / "config.json", json.dumps(config))
+    if shards == 1:
+        checkpoint.write_tensors(directory / "model.safetensors", arrays)
+        return tensors
+    names = sorted(arrays)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard::shards]
+        checkpoint.write_tensors(directory / file, {name: arrays[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    checkpoint.write_text(directory / "model.safetensors.index.json", json.dumps(index))
+    return tensors

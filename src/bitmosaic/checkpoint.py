@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.formats.base import packed_bytes
+from bitmosaic.formats.base import SCALE_DTYPES, packed_bytes
 from bitmosaic.tensor import ARRAYS, OUTLIER_DTYPES, QuantizedTensor, map_bits
-from bitmosaic.tiling import grid_shape, sections
+from bitmosaic.tiling import Section, grid_shape, sections
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "bitmosaic"
@@ -104,7 +104,7 @@ def stream_tensors(
         file.write(head)
         for entry in ordered:
             data = read(entry).detach().cpu().contiguous()
-            assert (data.dtype, tuple(data.shape)) == (entry.dtype, entry.shape), entry
+            assert (data.dtype, tuple(data.shape)) == (entry.dtype, tuple(entry.shape)), entry
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -174,8 +174,12 @@ def read_entries(path: Path) -> dict[str, Entry]:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
-                if dtype in names:
-                    found[name] = Entry(name, names[dtype], tuple(part.get_shape()))
+                if dtype not in names:
+                    raise ValueError(
+                        f"{name} in {path} must be of a type among {', '.join(names)}, not {dtype}. "
+                        "Convert the checkpoint."
+                    )
+                found[name] = Entry(name, names[dtype], tuple(part.get_shape()))
             return found
     except SafetensorError as error:
         raise ValueError(
@@ -193,8 +197,11 @@ def tensor_files(directory: Path) -> list[Path]:
             raise ValueError(
                 f"{index} must be a JSON object with a weight_map. Copy or make it again."
             ) from error
-        if any(not isinstance(name, str) or Path(name).name != name or name == ".." for name in names):
-            raise ValueError(f"{index} must name files of its own directory only.")
+        inside = (isinstance(name, str) and Path(name).name == name != ".." for name in names)
+        if not all(inside):
+            raise ValueError(
+                f"{index} must name files of its own directory only. Copy or make it again."
+            )
         files = [directory / name for name in names]
     else:
         files = [directory / "model.safetensors"]
@@ -254,11 +261,14 @@ def validate(name: str, tensor: QuantizedTensor) -> None:
             f"not {int(tile_map.max())}. The file is damaged."
         )
     sizes = dict.fromkeys(("codes", "scales", "zero_points", "grids"), 0)
-    for part in sections(tensor.shape, tensor.tile, tensor.formats, tile_map):
+    parts = list(sections(tensor.shape, tensor.tile, tensor.formats, tile_map))
+    for part in parts:
         for key, size in part.array_bytes().items():
             sizes[key] += size
     for key, size in sizes.items():
         _expect(name, key, getattr(tensor, key), size)
+    for key in ("scales", "grids"):
+        _check_finite(name, key, getattr(tensor, key), parts)
     scales = tensor.tensor_scales.clone().view(torch.float32)
     if not bool((scales.isfinite() & (scales > 0)).all()):
         raise ValueError(f"{name}.tensor_scales must be positive and finite. The file is damaged.")
@@ -316,6 +326,19 @@ def _expect(name: str, key: str, array: Tensor, size: int) -> None:
             f"{name}.{key} must be {size} bytes (uint8), not {list(array.shape)} of "
             f"{array.dtype}. The file is damaged or its description is another's."
         )
+
+
+def _check_finite(name: str, key: str, array: Tensor, parts: list[Section]) -> None:
+    """Refuse scales or learned grids that hold infinity or NaN: they would spread silently."""
+    start = 0
+    for part in parts:
+        size = part.array_bytes().get(key, 0)
+        kind = part.format.scale_format if key == "scales" else part.format.learned_grid
+        if kind is not None:
+            values = array[start : start + size].clone().view(SCALE_DTYPES[kind])
+            if not bool(values.to(torch.float32).isfinite().all()):
+                raise ValueError(f"{name}.{key} must be finite. The file is damaged.")
+        start += size
 
 
 def _check_permutation(name: str, key: str, order: Tensor | None, length: int) -> None:

@@ -20,7 +20,8 @@ are global to the model, so that any fractional average is reached without searc
 Deviations, with reasons in docs/methods/sfmp.md: F is accumulated in fp32 (exactly, in fixed
 point), not bf16; the default score multiplies importance by the measured error; one multiplier
 serves any set of formats; a permutation is shared by all consumers of an input and folded into
-neighbours where the algebra allows; AWQ scaling does not rescale F.  Measured: docs/methods/sfmp.md.
+neighbours where the algebra allows; AWQ scaling does not rescale F.  Measured:
+docs/methods/sfmp.md.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Sfmp(RoundedMethod):
     def _orders(
         self, block: BlockView, fisher: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Choose (in_permutation, out_permutation) of every layer; None where folded or unwanted."""
+        """Choose each layer's (in_permutation, out_permutation); None where folded or unwanted."""
         stored = self.stored_orders(block.structure)
         if not stored:
             return dict.fromkeys(fisher, (None, None))

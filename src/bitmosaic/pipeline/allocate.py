@@ -99,20 +99,25 @@ def score(
     parts = []
     for index in blocks(source, track, "score"):
         path = None if directory is None else block_file(directory, index)
-        part = None if path is None else _load(path)
+        part = None if path is None else load_scores(path)
         if part is None:
             part = scorer.score(index, residual)
             if path is not None:
-                _save(path, part)
+                save_scores(path, part)
         parts.append(_renamed(part, source.block_names[index]))
     return parts, residual
 
 
 def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPlan) -> None:
     """Refuse, before any work, a budget that no choice of the method's formats can meet."""
-    candidates = getattr(method, "formats", ())
-    if not candidates:
-        return  # methods with one format find out from shapes alone, in no time
+    if not method.fits_any_budget:  # one format for all: its bytes follow from the shapes
+        empty = {
+            name: torch.empty(shape, device="meta")
+            for name, shape in source.linear_shapes().items()
+        }
+        plan_budget(method, [method.score(BlockView(empty, Structure((), ())))], budget, plan)
+        return
+    candidates: tuple[str, ...] = getattr(method, "formats")  # noqa: B009  (a field of subclasses)
     tile = (getattr(method, "tile_out", None), getattr(method, "tile_in", None))
     orders = _stored_orders(source, method)
     tables = [
@@ -262,7 +267,8 @@ def _renamed(part: BlockScores, prefix: str) -> BlockScores:
     )
 
 
-def _save(path: Path, part: BlockScores) -> None:
+def save_scores(path: Path, part: BlockScores) -> None:
+    """Write a block's tables, so that another budget needs neither weights nor statistics."""
     tensors: dict[str, Tensor] = {f"{name}.tie": order for name, order in part.ties.items()}
     described = []
     for table in part.tables:
@@ -283,7 +289,8 @@ def _save(path: Path, part: BlockScores) -> None:
     checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
 
 
-def _load(path: Path) -> BlockScores | None:
+def load_scores(path: Path) -> BlockScores | None:
+    """Read what `save_scores` wrote; None where there is nothing yet."""
     if not path.is_file():
         return None
     tensors, metadata = checkpoint.read_tensors(path)

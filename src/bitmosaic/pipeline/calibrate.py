@@ -22,11 +22,11 @@ from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.common import (
     Track,
     block_file,
-    blocks,
     claim,
     quiet,
     read_json,
     tokens_digest,
+    warn_unreached,
 )
 
 MANIFEST = "statistics.json"
@@ -174,11 +174,15 @@ def _backward(
         for name in names
     }
 
+    reached: set[str] = set()
+
     def collect(layer: str, sample: int, gradient: Tensor) -> None:
+        reached.add(layer)
         for name in names:
             sums[name, layer].update(gradient)
 
     sweep.backward(index, block, collect)
+    warn_unreached(sweep.source.block_names[index], {layer for _, layer in sums} - reached)
     measured: dict[str, Tensor] = {}
     for name, layer in list(sums):
         value = sums.pop((name, layer)).value()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bitmosaic import checkpoint
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, signature, structure
 from bitmosaic.model.sweep import Sweep
+
+logger = logging.getLogger(__name__)
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable to show progress: (items, description, total) -> items."""
@@ -58,7 +61,7 @@ class Structures:
 
 @functools.lru_cache(maxsize=1)
 def structures(source: Source) -> Structures:
-    """Return the structures of a source; those last asked for are kept, since proving takes time."""
+    """Return the structures of a source; the last are kept, since proving takes time."""
     return Structures(source)
 
 
@@ -108,6 +111,19 @@ def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) 
             f"{directory} must be new or empty, but it holds other files. {remedy}"
         )
     checkpoint.write_text(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
+
+
+def warn_unreached(block: str, names: Iterable[str]) -> None:
+    """Say how many experts of a block no calibration token was routed to."""
+    experts = sorted({name.rpartition(".")[0] for name in names})
+    if experts:
+        logger.warning(
+            "%s: %d experts saw no calibration token, the first being %s; nothing is known of "
+            "what their weights are worth. Calibrate on more text.",
+            block,
+            len(experts),
+            experts[0],
+        )
 
 
 def block_file(directory: Path, index: int) -> Path:

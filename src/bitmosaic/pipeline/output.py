@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,8 +136,10 @@ class OutputPlan:
         weights = sum(table.shape[0] * table.shape[1] for table in tables)
         names = ", ".join(tables[0].formats)
         if budget.bits is not None:
-            lowest, highest = 8 * low / weights, 8 * high / weights
-            if lowest <= budget.bits and budget.bits * 0.998 <= highest:
+            # Rounded up, so that the number named below is feasible as it is printed.
+            lowest = math.ceil(8 * low / weights * 1e4) / 1e4
+            highest = math.ceil(8 * high / weights * 1e4) / 1e4
+            if 8 * low <= budget.bits * weights and budget.bits * weights * 0.998 <= 8 * high:
                 return
             raise BudgetError(
                 f"bits must be between {lowest:.4f} and {highest:.4f} bits_per_weight with formats "

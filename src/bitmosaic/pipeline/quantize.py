@@ -44,6 +44,7 @@ from bitmosaic.pipeline.common import (
     read_json,
     structures,
     tokens_digest,
+    warn_unreached,
 )
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble, pack_rest
 from bitmosaic.tensor import QuantizedTensor
@@ -432,18 +433,23 @@ def _measure(
     sums: dict[str, dict[str, Any]] = {}
     observe: dict[str, Callable[[int, Tensor], None]] = {}
     matrices = linears(block)
+    reached: set[str] = set()
     for group in found.inputs:
         first = group.linears[0]
         shape = tuple(matrices[first].weight.shape)
         sums[first] = {name: statistics.get(name)(shape) for name in method.block_statistics}
 
-        def update(_: int, inputs: Tensor, parts: dict[str, Any] = sums[first]) -> None:
+        def update(
+            _: int, inputs: Tensor, name: str = first, parts: dict[str, Any] = sums[first]
+        ) -> None:
+            reached.add(name)
             for part in parts.values():
                 part.update(inputs)
 
         observe[first] = update
     sweep.forward(index, block, observe=observe)
-    measured = {}
+    warn_unreached(sweep.source.block_names[index], sums.keys() - reached)
+    measured: dict[str, LayerStatistics] = {}
     for group in found.inputs:
         parts = sums.pop(group.linears[0])
         one = LayerStatistics(

@@ -1,0 +1,155 @@
+"""What all commands share: errors as sentences, exit codes, consoles, and typed options."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+Model = Annotated[str, typer.Argument(help="Model directory or hub id.", show_default=False)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads (default: as torch chooses).", min=1, show_default=False),
+]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A parameter of the method, e.g. --set tile_out=512. Repeatable.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Budget in bits_per_weight over the quantized matrices, everything counted.",
+        show_default=False,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget of the whole checkpoint's tensor files: 1.4GiB, 600MB, 0.2x.",
+        show_default=False,
+    ),
+]
+Embedding = Annotated[
+    str, typer.Option(help="Format of the input embeddings: int8, keep, or any format.")
+]
+Head = Annotated[str, typer.Option(help="Format of an untied output head: int8, keep, or any.")]
+Samples = Annotated[
+    int, typer.Option(help="Calibration windows (the field uses 128; 64 suits a CPU).", min=1)
+]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a calibration window (default: 512, or the model's context if shorter).",
+        min=2,
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
+
+
+OPTIONS = frozenset(
+    "model output bits size method calibration samples seqlen seed statistics allocation embedding "
+    "head overwrite resume track".split()
+)
+"""What `--set` must not name, being no parameter of a method."""
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn bad input, a failing disk and an interrupt into one sentence and an exit code.
+
+    BITMOSAIC_DEBUG=1 shows the traceback instead.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        _send_warnings_to_stderr()
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            _say("interrupted; run the same command to go on")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader of our output has left; typer ends quietly
+        except (ValueError, OSError) as error:
+            if os.environ.get("BITMOSAIC_DEBUG", "0") not in ("", "0"):
+                raise
+            _say(f"error: {sentence(error)}")
+            raise typer.Exit(BAD_INPUT) from None
+
+    return run
+
+
+def sentence(error: BaseException) -> str:
+    """Put an error into one line with its remedy."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" at {error.filename}" if error.filename else ""
+        remedy = "Check the path and its permissions."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Free some space, then run the same command to go on."
+        return f"the disk refused{where}: {error.strerror}. {remedy}"
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def results() -> Console:
+    """Return the console for results: stdout, wide enough for tables where it is no terminal."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    return Console(width=width, highlight=False, emoji=False)
+
+
+def set_threads(count: int | None) -> None:
+    """Fix the number of CPU threads, on which the bytes of a result may depend."""
+    if count is not None:
+        import torch  # lazy: `--help` shall not wait for it
+
+        torch.set_num_threads(count)
+
+
+def collect(pairs: Iterable[str] | None, **flags: Any) -> dict[str, Any]:
+    """Join `--set key=value` pairs and the direct flags into method parameters."""
+    found = {name: value for name, value in flags.items() if value is not None}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise ValueError(f"--set must be KEY=VALUE, not {pair!r}. Write it like tile_out=512.")
+        if key in OPTIONS:
+            raise ValueError(f"{key} must be given as --{key}, not by --set. Use that option.")
+        if key in found:
+            raise ValueError(f"parameter {key} must be given once, not twice. Drop one.")
+        found[key] = value.strip()
+    return found
+
+
+class _Stderr(logging.Handler):
+    """Writes records to whatever stderr is now, so that a progress bar can make room."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _send_warnings_to_stderr() -> None:
+    logger = logging.getLogger("bitmosaic")
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr())
+        logger.propagate = False
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,213 @@
+"""The commands calibrate, allocate and quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import bitmosaic
+from bitmosaic.cli.common import (
+    Bits,
+    Embedding,
+    Head,
+    Model,
+    Overwrite,
+    Parameters,
+    Samples,
+    Seed,
+    Seqlen,
+    Size,
+    Threads,
+    collect,
+    results,
+    set_threads,
+)
+from bitmosaic.cli.progress import Reporter
+
+TEXT_HELP = (
+    "Calibration text: a file, a directory, a datasets id (name:config:split), or stdlib:train."
+)
+Formats = Annotated[
+    str | None,
+    typer.Option(help="Candidate formats, e.g. int2-g128,int3-g128.", show_default=False),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Rounding: nearest, awq or gptq (sfmp, layerwise).", show_default=False),
+]
+Reorder = Annotated[
+    str | None,
+    typer.Option(help="none, per_matrix, shared or folded (sfmp).", show_default=False),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(help="fisher or fisher_error (sfmp, layerwise).", show_default=False),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(help="The one format of all matrices (rtn, gptq).", show_default=False),
+]
+
+
+def calibrate(
+    model: Model,
+    calibration: Annotated[str, typer.Option(help=TEXT_HELP, show_default=False)],
+    output: Annotated[
+        Path, typer.Option(help="Directory for the statistics.", show_default=False)
+    ],
+    samples: Samples = 64,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Measure what every weight is worth, on a calibration text, block by block."""
+    set_threads(threads)
+    with Reporter() as reporter:
+        found = bitmosaic.calibrate(
+            model,
+            output,
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            track=reporter.track,
+        )
+    facts = found.manifest
+    results().print(
+        f"{output}: {', '.join(facts['statistics'])} of {facts['blocks']} blocks over "
+        f"{facts['samples']} x {facts['seqlen']} tokens"
+    )
+
+
+def allocate(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option(help="File for the allocation (.safetensors).", show_default=False)
+    ],
+    bits: Bits = None,
+    size: Size = None,
+    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, ...")] = "sfmp",
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
+    ] = None,
+    embedding: Embedding = "int8",
+    head: Head = "int8",
+    formats: Formats = None,
+    base: Base = None,
+    reorder: Reorder = None,
+    score: Score = None,
+    format: Format = None,
+    parameters: Parameters = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+) -> None:
+    """Decide the format of every tile under a budget, from statistics."""
+    chosen = collect(
+        parameters, formats=formats, base=base, reorder=reorder, score=score, format=format
+    )
+    set_threads(threads)
+    with Reporter() as reporter:
+        allocation = bitmosaic.allocate(
+            model,
+            output,
+            bits=bits,
+            size=size,
+            method=method,
+            statistics=statistics,
+            embedding=embedding,
+            head=head,
+            overwrite=overwrite,
+            track=reporter.track,
+            **chosen,
+        )
+    results().print(
+        f"{output}: {len(allocation.layers)} matrices, {allocation.nbytes:,} bytes, "
+        f"{allocation.bits_per_weight:.4f} bits_per_weight"
+    )
+
+
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option(help="Directory of the packed checkpoint.", show_default=False)
+    ],
+    bits: Bits = None,
+    size: Size = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="rtn, gptq, layerwise, sfmp, ... (default: sfmp, or the allocation's).",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help=TEXT_HELP, show_default=False)] = None,
+    samples: Samples = 64,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Statistics: used where finished, else measured into this directory and kept.",
+            show_default=False,
+        ),
+    ] = None,
+    allocation: Annotated[
+        Path | None,
+        typer.Option(help="Allocation made earlier, in place of a budget.", show_default=False),
+    ] = None,
+    embedding: Embedding = "int8",
+    head: Head = "int8",
+    formats: Formats = None,
+    base: Base = None,
+    reorder: Reorder = None,
+    score: Score = None,
+    format: Format = None,
+    parameters: Parameters = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Accept an output that the same command has finished (going on with an "
+            "unfinished one is the default).",
+        ),
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Fit a model into a budget: calibrate, allocate and quantize as far as needed."""
+    chosen = collect(
+        parameters, formats=formats, base=base, reorder=reorder, score=score, format=format
+    )
+    set_threads(threads)
+    with Reporter() as reporter:
+        facts = bitmosaic.quantize(
+            model,
+            output,
+            bits=bits,
+            size=size,
+            method=method,
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            statistics=statistics,
+            allocation=allocation,
+            embedding=embedding,
+            head=head,
+            overwrite=overwrite,
+            resume=resume,
+            track=reporter.track,
+            **chosen,
+        )
+    _print_outcome(output, facts)
+
+
+def _print_outcome(output: Path, facts: dict[str, Any]) -> None:
+    done = "is complete already" if facts.get("already_complete") else "is complete"
+    results().print(
+        f"{output} {done}: {facts['method']}, {facts['bytes']:,} bytes of tensor files, "
+        f"{facts['bits_per_weight']:.4f} bits_per_weight"
+    )
