@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _DTYPE_NAMES = {
     torch.uint16: "U16",
     torch.bool: "BOOL",
 }
+OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")
+_OPTIONAL = ("in_permutation", "out_permutation", *OUTLIER_ARRAYS)
 _LARGEST_SIDE = 1 << 31
 _MOST_WEIGHTS = 1 << 36
 _MOST_TILES = 1 << 28
@@ -224,14 +226,50 @@ def _read_json(path: Path) -> Any:
 
 def describe(tensor: QuantizedTensor) -> dict[str, Any]:
     """What config.json says of a packed tensor; the rest follows from the arrays."""
-    described: dict[str, Any] = {
-        "shape": list(tensor.shape),
-        "tile": list(tensor.tile),
-        "formats": [fmt.name for fmt in tensor.formats],
-    }
-    if tensor.outlier_values is not None:
-        described["outlier_format"] = tensor.outlier_format
+    return description(
+        tensor.shape,
+        tensor.tile,
+        [fmt.name for fmt in tensor.formats],
+        in_permutation=tensor.in_permutation is not None,
+        out_permutation=tensor.out_permutation is not None,
+        outlier_format=None if tensor.outlier_values is None else tensor.outlier_format,
+    )
+
+
+def description(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    names: Sequence[str],
+    *,
+    in_permutation: bool,
+    out_permutation: bool,
+    outlier_format: str | None = None,
+) -> dict[str, Any]:
+    """Describe a packed tensor for config.json.
+
+    Optional arrays are named, so that one that got lost is noticed: without its permutation a
+    weight would still decode, to something else.
+    """
+    described: dict[str, Any] = {"shape": list(shape), "tile": list(tile), "formats": list(names)}
+    if sides := ["in"] * in_permutation + ["out"] * out_permutation:
+        described["permutations"] = sides
+    if outlier_format is not None:
+        described["outlier_format"] = outlier_format
     return described
+
+
+def check_optional(name: str, described: Mapping[str, Any], stored: Iterable[str]) -> None:
+    """Check that the optional arrays among `stored` are those that the description names."""
+    expected = [f"{side}_permutation" for side in described.get("permutations", [])]
+    if "outlier_format" in described:
+        expected += OUTLIER_ARRAYS
+    found = {*_OPTIONAL}.intersection(stored)
+    if wrong := sorted(found.symmetric_difference(expected)):
+        state = "stored" if wrong[0] in expected else "absent"
+        raise ValueError(
+            f"{name}.{wrong[0]} must be {state}, as config.json describes {name}. "
+            "The file is damaged or its description is another's."
+        )
 
 
 def assemble(name: str, described: Any, arrays: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -240,6 +278,7 @@ def assemble(name: str, described: Any, arrays: Mapping[str, Tensor]) -> Quantiz
     Raises ValueError naming the tensor and the fault for anything that does not fit together.
     """
     tensor = _described_tensor(name, described)
+    check_optional(name, described, arrays)
     for key, array in arrays.items():
         if key not in ARRAYS:
             raise ValueError(f"{name}.{key} must be one of {', '.join(ARRAYS)}.")
@@ -303,6 +342,11 @@ def _described_tensor(name: str, described: Any) -> QuantizedTensor:
             f"outlier_format of {name} must be one of {', '.join(OUTLIER_DTYPES)}, "
             f"not {outlier_format!r}."
         )
+    sides = described.get("permutations", ["in"])
+    if sides not in (["in"], ["out"], ["in", "out"]):
+        raise ValueError(
+            f"permutations of {name} must be in, out or both in this order, not {sides!r}."
+        )
     try:
         chosen = tuple(formats.get(each) for each in names)
     except ValueError as error:
@@ -363,7 +407,9 @@ def _check_outliers(name: str, tensor: QuantizedTensor) -> None:
     if all(part is None for part in parts):
         return
     if any(part is None for part in parts):
-        raise ValueError(f"{name} must have all three outlier arrays or none. The file is damaged.")
+        raise ValueError(
+            f"{name} must have all of {', '.join(OUTLIER_ARRAYS)} or none. The file is damaged."
+        )
     values, columns, counts = (part for part in parts if part is not None)
     rows, width = tensor.shape
     narrow = torch.uint16 if width <= 1 << 16 else torch.int32

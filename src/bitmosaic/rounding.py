@@ -15,7 +15,8 @@ from torch import Tensor
 from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.formats.base import extremes, largest_magnitude
+from bitmosaic.tensor import QuantizedTensor, pack, pack_encoded
 from bitmosaic.tiling import Section, grid_shape, sections
 
 CLIP_SHRINKS = tuple(1 - 0.05 * step for step in range(10))
@@ -60,7 +61,7 @@ def tile_errors(
 ) -> Float64[Tensor, "tiles_out tiles_in"]:
     """Sum importance times squared error of nearest rounding over each tile."""
     shape = (weight.shape[0], weight.shape[1])
-    scale = fmt.tensor_scale(float(weight.abs().max()))
+    scale = fmt.tensor_scale(largest_magnitude(weight))
     errors = torch.zeros(grid_shape(shape, tile), dtype=torch.float64)
     everywhere = torch.zeros(errors.shape, dtype=torch.uint8)
     for section in sections(shape, tile, (fmt,), everywhere):
@@ -78,29 +79,56 @@ def tile_errors(
 # Error-compensated columns
 
 
-def inverse_factor(
+def compensation_factor(
     hessian: Float[Tensor, "in in"], damping: float, name: str = "hessian"
 ) -> Float[Tensor, "in in"]:
-    """Return the upper triangular U with H^-1 = U^T U, H damped by `damping` x its mean diagonal.
+    """Return the unit upper triangular N with H = N D N^T, H damped by `damping` x its mean diagonal.
 
-    One Cholesky factorisation of H with its order reversed gives H = R R^T with R upper
-    triangular; then U = R^-1.  That is 2/3 in^3 operations, half of the usual Cholesky, inverse,
-    Cholesky chain.  In_channels without any activation get a unit diagonal.
+    The error of rounding, delta H delta^T, is then a sum of squares of (delta N)_j, each of which
+    only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij makes the
+    j-th one as small as it can be: that is GPTQ's compensation (its U is N D^(1/2) inverted), from
+    one Cholesky factorisation of H with its order reversed, in^3/3 operations, without an inverse.
+    In_channels without any activation get a mean diagonal.
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
-    damped = hessian.clone()
+    damped = hessian.flip(0, 1)
     damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    dead = diagonal == 0
-    damped.diagonal()[dead] = mean if mean > 0 else 1.0
-    reverse, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if int(info) or not bool(reverse.isfinite().all()):
+    damped.diagonal()[diagonal.flip(0) == 0] = mean if mean > 0 else 1.0
+    if not _factorise(damped):
         raise ValueError(
             f"{name} must be positive definite after damping, but its factorisation fails at "
             f"{hessian.shape[0]} in_channels with damping {damping:g}. Use more calibration "
             f"samples or a damping of {max(10 * damping, 0.01):g}."
         )
-    return _invert_upper(reverse.flip(0, 1))
+    return damped.div_(damped.diagonal().clone()).flip(0, 1)
+
+
+_FACTOR_BLOCK = 512
+
+
+def _factorise(matrix: Float[Tensor, "n n"]) -> bool:
+    """Replace a matrix by its lower Cholesky factor, block by block; False if it has none.
+
+    LAPACK through torch runs at half the speed of these products and then spends as long again on
+    zeroing the upper triangle (4096 wide, one thread).
+    """
+    count = matrix.shape[0]
+    for start in range(0, count, _FACTOR_BLOCK):
+        stop = min(start + _FACTOR_BLOCK, count)
+        corner, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
+        if int(info) or not bool(corner.diagonal().isfinite().all()):
+            return False
+        matrix[start:stop, start:stop] = corner
+        matrix[start:stop, stop:] = 0
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=False)
+        below = matrix[stop:, start:stop] @ inverse.t()
+        matrix[stop:, start:stop] = below
+        for column in range(stop, count, _FACTOR_BLOCK):
+            first, last = column - stop, min(column + _FACTOR_BLOCK, count) - stop
+            part = matrix[column:, column : column + _FACTOR_BLOCK]
+            part.addmm_(below[first:], below[first:last].t(), alpha=-1)
+    return True
 
 
 def compensated(
@@ -134,118 +162,127 @@ def compensated(
     if act_order:
         visit = torch.argsort(stored.diagonal(), descending=True, stable=True)
         stored = stored[visit][:, visit]
-    factor = inverse_factor(stored, damping, name)
+    factor = compensation_factor(stored, damping, name)
     rows = weight if layer.out_permutation is None else weight[layer.out_permutation]
     ordered = rows if layer.in_permutation is None else rows[:, layer.in_permutation]
-    sweep = _Sweep(ordered, layer, visit, static_groups)
-    sweep.run(factor)
-    return sweep.pack(weight)
+    sweep = _Sweep(ordered, layer, visit, factor, static_groups)
+    sweep.run()
+    return sweep.pack()
 
 
-_BLOCK, _SUB_BLOCK = 128, 32
-"""Columns per trailing update (a matrix product) and per inner update: within 32 columns a column
-looks back at 16 others on average, 256 KB for 4096 rows, which stays in L2."""
+_LEAF, _ALIGNED = 32, 128
+"""Columns of a leaf of the sweep, and the multiple that larger ranges are split at.  Within a leaf a
+column looks back at 16 others on average, 256 KB for 4096 rows, which stays in L2; groups of 128
+begin where everything earlier has already reached them."""
 
 
 class _Sweep:
-    """State of one compensated sweep; columns are kept as contiguous rows of `columns`.
+    """State of one compensated sweep; columns are kept as contiguous rows [in, out].
 
-    The factor's rows are divided by their diagonal beforehand, so that what moves on from a column
-    is its plain rounding residual.
+    Attributes:
+        columns: the weights as compensated by the columns that `reached` counts.
+        left: the original weights of columns to come; of columns visited, what rounding left.
     """
 
     def __init__(
-        self, ordered: Tensor, layer: LayerAllocation, visit: Tensor, static_groups: bool
+        self,
+        ordered: Tensor,
+        layer: LayerAllocation,
+        visit: Tensor,
+        factor: Tensor,
+        static_groups: bool,
     ) -> None:
-        self.layer = layer
+        self.layer, self.factor, self.static = layer, factor, static_groups
         self.visit = visit.tolist()
-        place = torch.empty_like(visit)
-        place[visit] = torch.arange(visit.numel())
-        largest = float(ordered.abs().max())
+        self.largest = largest_magnitude(ordered)
         chosen = tuple(formats.get(each) for each in layer.formats)
-        scales = [fmt.tensor_scale(largest) for fmt in chosen]
-        self.columns = ordered.to(torch.float32).t()[visit].contiguous()
+        scales = [fmt.tensor_scale(self.largest) for fmt in chosen]
+        transposed = ordered.to(torch.float32).t().contiguous()
+        self.columns = transposed if _in_order(visit) else transposed[visit]
+        self.left = self.columns.clone()
+        self.reached = torch.zeros(self.columns.shape[0], dtype=torch.int64)
         widest = max(fmt.bits for fmt in chosen)
         self.codes = torch.zeros(
             self.columns.shape, dtype=torch.uint8 if widest <= 8 else torch.int32
         )
         self.groups = _Groups(layer, chosen, scales, self.columns.shape[1])
-        self.static = static_groups
         if static_groups:
-            for column in range(self.columns.shape[0]):
-                self.groups.enter(column, lambda part: self.columns[place[part]])
+            for column in range(transposed.shape[0]):
+                self.groups.enter(column, lambda part: transposed[part])
 
-    def run(self, factor: Tensor) -> None:
-        """Visit all columns, 128 at a time."""
-        factor = factor / factor.diagonal()[:, None]
-        count = self.columns.shape[0]
-        for start in range(0, count, _BLOCK):
-            stop = min(start + _BLOCK, count)
-            residuals = self._block(factor, start, stop)
-            if stop < count:
-                self.columns[stop:].addmm_(factor[start:stop, stop:].t(), residuals, alpha=-1)
+    def run(self) -> None:
+        """Visit all columns."""
+        self._range(0, self.columns.shape[0])
 
-    def _block(self, factor: Tensor, start: int, stop: int) -> Tensor:
-        """Round the columns of one block; return what each leaves, [columns, rows]."""
-        residuals = torch.empty_like(self.columns[start:stop])
-        codes = torch.empty_like(residuals)
-        for first in range(start, stop, _SUB_BLOCK):
-            last = min(first + _SUB_BLOCK, stop)
-            for column in range(first, last):
-                value = self.columns[column]
-                if column > first:
-                    done = residuals[first - start : column - start]
-                    value.addmv_(done.t(), factor[first:column, column], alpha=-1)
-                stored = self.visit[column]
-                if not self.static:
-                    self.groups.enter(
-                        stored,
-                        lambda part, at=column, low=first: self._current(
-                            part, at, low, start, residuals, factor
-                        ),
-                    )
-                at = column - start
-                self.groups.round(stored, value, codes[at], residuals[at])
-            if last < stop:
-                part = residuals[first - start : last - start]
-                self.columns[last:stop].addmm_(factor[first:last, last:stop].t(), part, alpha=-1)
+    def _range(self, start: int, stop: int) -> None:
+        """Visit columns by halves: round the first, bring what it left to the second by a product."""
+        if stop - start <= _LEAF:
+            self._leaf(start, stop)
+            return
+        unit = _ALIGNED if stop - start > _ALIGNED else _LEAF
+        middle = start + max(unit, (stop - start) // 2 // unit * unit)
+        self._range(start, middle)
+        move = self.factor[start:middle, middle:stop].t()
+        self.columns[middle:stop].addmm_(move, self.left[start:middle])
+        self.reached[middle:stop] = middle
+        self._range(middle, stop)
+
+    def _leaf(self, start: int, stop: int) -> None:
+        codes = torch.empty_like(self.columns[start:stop])
+        for column in range(start, stop):
+            value, left = self.columns[column], self.left[column]
+            if column > start:
+                value.addmv_(self.left[start:column].t(), self.factor[start:column, column])
+            stored = self.visit[column]
+            if not self.static:
+                self.groups.enter(stored, lambda part, at=column: self._current(part, at))
+            self.groups.round(stored, value, left, codes[column - start])
         self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
-        return residuals
 
-    def _current(
-        self, part: Tensor, column: int, first: int, start: int, residuals: Tensor, factor: Tensor
-    ) -> Tensor:
-        """Weights of the columns `part` (the first is `column`) as compensated so far.
+    def _current(self, part: Tensor, column: int) -> Tensor:
+        """Weights of the adjoining columns `part`, from `column` on, as compensated so far.
 
-        What earlier columns leave reaches later ones late: inside the sub-block one by one, in the
-        block's later sub-blocks since `first`, beyond the block since `start`.
+        With all of them still free, their best values make (delta N)_j zero for each: what earlier
+        columns left reaches them, and each other, through a triangular system.
         """
-        value = self.columns[part].clone()
-        inside = part < start + _BLOCK
-        later = inside & (part != column)
-        value[later] -= factor[first:column][:, part[later]].t() @ residuals[
-            first - start : column - start
-        ]
-        beyond = ~inside
-        value[beyond] -= factor[start:column][:, part[beyond]].t() @ residuals[: column - start]
-        return value
+        start, stop = column, column + part.numel()
+        moved = self.columns[start:stop] - self.left[start:stop]
+        reached = self.reached[start:stop].clone()
+        reached[0] = column
+        for earlier in reached.unique().tolist():
+            if earlier < column:
+                late = (reached == earlier).nonzero()[:, 0]
+                move = self.factor[earlier:column, start:stop][:, late].t()
+                moved[late] += move @ self.left[earlier:column]
+        free = self.factor[start:stop, start:stop].t()
+        inverse = torch.linalg.solve_triangular(
+            free, torch.eye(stop - start), upper=False, unitriangular=True
+        )
+        return torch.addmm(self.left[start:stop], inverse, moved)
 
-    def pack(self, weight: Tensor) -> QuantizedTensor:
+    def pack(self) -> QuantizedTensor:
         """Pack the codes found; the groups' parameters are already rounded to their stored form."""
+        codes = self.codes.t().contiguous()
 
-        def recall(section: Section, tiles: Tensor, _: Tensor | None) -> tuple[Tensor, Parameters]:
-            codes = section.gather(self.codes.t()).to(section.format.code_dtype)
-            return section.group(codes), self.groups.recall(section)
+        def recall(section: Section, _: float) -> tuple[Tensor, Parameters]:
+            found = section.gather(codes).to(section.format.code_dtype)
+            return section.group(found), self.groups.recall(section)
 
-        return pack(
-            weight,
+        return pack_encoded(
+            self.layer.shape,
             self.layer.tile,
             self.layer.tile_map,
             self.layer.formats,
+            self.largest,
             recall,
             in_permutation=self.layer.in_permutation,
             out_permutation=self.layer.out_permutation,
         )
+
+
+def _in_order(visit: Tensor) -> bool:
+    """Whether columns are visited in the order in which they are stored."""
+    return bool((visit[1:] > visit[:-1]).all())
 
 
 class _Groups:
@@ -300,11 +337,14 @@ class _Groups:
         if all(offset % size for size in self.sizes):
             return
         end = min((tile_column + 1) * self.tile_columns, self.width)
+        value = torch.empty(0, 0)
         for index, rows in self.members(tile_column):
             fmt, size = self.formats[index], self.sizes[index]
             if offset % size or fmt.scale_format is None:
                 continue
-            value = read(torch.arange(stored, min(stored + size, end)))
+            last = min(stored + size, end)
+            if value.shape[0] != last - stored:
+                value = read(torch.arange(stored, last))
             group = value[:, rows].t()[None, :, None] / self.tensor_scales[index]
             parameters = fmt.fit(group.contiguous())
             assert parameters.scale is not None
@@ -315,8 +355,8 @@ class _Groups:
                 torch.tensor(fmt.fixed_zero_point) if zero is None else zero[0, :, 0]
             )
 
-    def round(self, stored: int, value: Tensor, codes: Tensor, residual: Tensor) -> None:
-        """Round one column [rows]: write its codes (as floats) and value minus rounded value."""
+    def round(self, stored: int, value: Tensor, left: Tensor, codes: Tensor) -> None:
+        """Round one column [rows]: write its codes (as floats), subtract the result from `left`."""
         tile_column, offset = divmod(stored, self.tile_columns)
         members = self.members(tile_column)
         if self.joint:
@@ -324,8 +364,7 @@ class _Groups:
             zero_point = self.zero_point[tile_column, offset // self.sizes[0]]
             torch.addcdiv(zero_point, value, scale, out=codes)
             torch.clamp(codes.round_(), self.bottom, self._tops, out=codes)
-            torch.sub(codes, zero_point, out=residual)
-            torch.addcmul(value, residual, scale, value=-1, out=residual)
+            left.addcmul_(codes - zero_point, scale, value=-1)
             return
         for index, rows in members:
             fmt = self.formats[index]
@@ -335,7 +374,7 @@ class _Groups:
             column = value[rows]
             code = fmt.encode(column[None, :, None, None] / tensor_scale, parameters)
             codes[rows] = code.flatten().to(codes.dtype)
-            residual[rows] = column - fmt.decode(code, parameters).flatten() * tensor_scale
+            left[rows] -= fmt.decode(code, parameters).flatten() * tensor_scale
 
     def recall(self, section: Section) -> Parameters:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""
@@ -352,7 +391,8 @@ class _Groups:
             tiles = part.reshape(wide, section.groups, tall, section.rows).permute(2, 0, 3, 1)
             return tiles[section.picked]
 
-        return self._parameters(section.format_index, box(self.scale), box(self.zero_point))
+        index = self.formats.index(section.format)  # the section's counts formats in use only
+        return self._parameters(index, box(self.scale), box(self.zero_point))
 
     def _parameters(self, index: int, scale: Tensor, zero_point: Tensor) -> Parameters:
         """Undo the merging with the tensor scale (a power of two where there are scales: exact)."""
@@ -363,19 +403,6 @@ class _Groups:
             scale / self.tensor_scales[index] if fmt.scale_format is not None else None,
             zero_point if fmt.stores_zero_point else None,
         )
-
-
-def _invert_upper(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Invert an upper triangular matrix by halves: n^3/3 operations, all in matrix products."""
-    size = matrix.shape[0]
-    if size <= 256:
-        return torch.linalg.solve_triangular(matrix, torch.eye(size), upper=True)
-    half = size // 2
-    result = torch.zeros_like(matrix)
-    first, last = _invert_upper(matrix[:half, :half]), _invert_upper(matrix[half:, half:])
-    result[:half, :half], result[half:, half:] = first, last
-    result[:half, half:] = -(first @ matrix[:half, half:] @ last)
-    return result
 
 
 # AWQ: scaling and clipping (Lin et al. 2023, arXiv 2306.00978)
@@ -422,7 +449,7 @@ def awq_clip(
     hessian = hessian if order is None else hessian[order][:, order]
     clipped = weight.clone()
     scales = [
-        formats.get(name).tensor_scale(float(weight.abs().max())) for name in layer.formats
+        formats.get(name).tensor_scale(largest_magnitude(weight)) for name in layer.formats
     ]
     view = weight if rows is None else weight[rows]
     view = view if order is None else view[:, order]
@@ -468,7 +495,7 @@ def _clip_section(
 def _clip_tiles(part: Section, tiles: Tensor, block: Tensor) -> Tensor:
     size = part.format.group or part.columns
     grouped = part.group(tiles)
-    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
+    low, high = (bound[..., None] for bound in extremes(grouped))
     best, least = grouped, torch.full(grouped.shape[:-1], torch.inf)
     bounds = [(at, min(at + size, part.columns)) for at in range(0, part.columns, size)]
     for shrink in CLIP_SHRINKS:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
-from bitmosaic.formats.base import packed_bytes
+from bitmosaic.formats.base import largest_magnitude, packed_bytes
 from bitmosaic.tiling import Section, grid_shape, pack_planes, sections, unpack_planes
 
 ARRAYS = (
@@ -211,37 +211,66 @@ def pack(
     `weight` (and `importance`) are in original order; permutations are applied here.  Formats that
     no tile uses are dropped.  `outliers` marks entries that are kept as they are.
     """
-    used, tile_map = drop_unused(names, tile_map)
-    chosen = tuple(formats.get(name) for name in used)
-    shape = (weight.shape[0], weight.shape[1])
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
-    scales = [fmt.tensor_scale(largest) for fmt in chosen]
     ordered = permute(weight, out_permutation, in_permutation)
     weights = None if importance is None else permute(importance, out_permutation, in_permutation)
+
+    def encode(part: Section, scale: float) -> tuple[Tensor, Parameters]:
+        tiles = part.gather(ordered).to(torch.float32)
+        if scale != 1.0:
+            tiles = tiles / scale
+        return quantize(part, tiles, None if weights is None else part.gather(weights))
+
+    tensor = pack_encoded(
+        (weight.shape[0], weight.shape[1]),
+        tile,
+        tile_map,
+        names,
+        largest_magnitude(weight),
+        encode,
+        in_permutation=in_permutation,
+        out_permutation=out_permutation,
+    )
+    if outliers is None:
+        return tensor
+    return _with_outliers(replace(tensor, outlier_format=outlier_format), weight, outliers.bool())
+
+
+def pack_encoded(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    tile_map: UInt8[Tensor, "tiles_out tiles_in"],
+    names: tuple[str, ...],
+    largest: float,
+    encode: Callable[[Section, float], tuple[Tensor, Parameters]],
+    *,
+    in_permutation: Int[Tensor, " in"] | None = None,
+    out_permutation: Int[Tensor, " out"] | None = None,
+) -> QuantizedTensor:
+    """Pack what `encode(section, tensor scale)` gives for each part of a weight, in stored order.
+
+    `largest` is the weight's largest magnitude, from which formats choose their tensor scales.
+    """
+    used, tile_map = drop_unused(names, tile_map)
+    chosen = tuple(formats.get(name) for name in used)
+    scales = [fmt.tensor_scale(largest) for fmt in chosen]
     writer = _Writer()
     for section in sections(shape, tile, chosen, tile_map):
         for part in section.chunks():
-            tiles = part.gather(ordered).to(torch.float32)
-            if scales[part.format_index] != 1.0:
-                tiles = tiles / scales[part.format_index]
-            codes, parameters = quantize(
-                part, tiles, None if weights is None else part.gather(weights)
-            )
-            writer.add(part, codes, parameters)
-    tensor = QuantizedTensor(
+            writer.add(part, *encode(part, scales[part.format_index]))
+
+    def stored(order: Tensor | None, length: int) -> Tensor | None:
+        return None if order is None else store_indices(order, length)
+
+    return QuantizedTensor(
         shape=shape,
         tile=tile,
         formats=chosen,
-        outlier_format=outlier_format,
         **writer.arrays(),
         tile_map=pack_planes(tile_map.reshape(1, -1), map_bits(len(chosen))).flatten(),
         tensor_scales=torch.tensor(scales, dtype=torch.float32).view(torch.uint8),
-        in_permutation=None if in_permutation is None else store_indices(in_permutation, shape[1]),
-        out_permutation=None
-        if out_permutation is None
-        else store_indices(out_permutation, shape[0]),
+        in_permutation=stored(in_permutation, shape[1]),
+        out_permutation=stored(out_permutation, shape[0]),
     )
-    return tensor if outliers is None else _with_outliers(tensor, weight, outliers.bool())
 
 
 def permute(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

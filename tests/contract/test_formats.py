@@ -6,6 +6,11 @@ import math
 import pytest
 import torch
 from hypothesis import given
+
+from bitmosaic import checkpoint, formats
+from bitmosaic.formats import SCALE_DTYPES, Parameters
+from bitmosaic.rounding import encode_nearest, nearest
+from bitmosaic.tensor import QuantizedTensor, pack, predict_bytes
 from strategies import (
     SEEDS,
     SHAPES,
@@ -18,11 +23,6 @@ from strategies import (
     register_third_party,
     weights,
 )
-
-from bitmosaic import checkpoint, formats
-from bitmosaic.formats import SCALE_DTYPES, Parameters
-from bitmosaic.rounding import encode_nearest, nearest
-from bitmosaic.tensor import QuantizedTensor, pack, predict_bytes
 
 FOREIGN = tuple(
     name for module in THIRD_PARTY.values() for name in importlib.import_module(module).EXAMPLES

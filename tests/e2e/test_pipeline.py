@@ -64,25 +64,34 @@ def test_lossless_formats_give_the_original_model(original: Original, reorder: s
         assert float((again - original.logits).abs().max()) <= 4 * original.noise
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "reorder"),
+    [("nearest", "per_matrix"), ("awq", "shared"), ("awq", "folded"), ("gptq", "folded")],
+)
 def test_eight_bits_lose_no_more_than_random_noise_of_their_step(
-    original: Original, base: str
+    original: Original, base: str, reorder: str
 ) -> None:
     """Rounding to 8 bits moves a weight by at most half a step of its row, range / 255.
 
     The same model with uniform noise of that size in every matrix shows what such moves do to the
-    logits; twice that (in root mean square) allows for a lucky draw and for bf16 norms into which
-    scales are folded, whose step, 2^-8, is about that of int8.
+    logits; twice that allows for a lucky draw and for bf16 norms into which scales are folded,
+    whose step, 2^-8, is about that of int8.
     """
-    method = Sfmp(formats=("int8-g32",), tile_out=16, tile_in=32, reorder="shared", base=base)
+    method = Sfmp(formats=("int8-g32",), tile_out=16, tile_in=32, reorder=reorder, base=base)
     budget = original.case.widest(method)
-    output, _ = original.case.quantize(method, budget, base)
+    output, _ = original.case.quantize(method, budget, f"{base}-{reorder}")
     noisy = load(original.case.directory / "model")
     add_noise(noisy)
-    allowed = (logits(noisy, PROMPT) - original.logits).square().mean().sqrt()
-    error = (logits(load(output), PROMPT) - original.logits).square().mean().sqrt()
-    print(base, float(error / allowed))
-    assert 0 < error <= 2 * allowed
+    allowed = token_error(logits(noisy, PROMPT), original.logits)
+    assert 0 < token_error(logits(load(output), PROMPT), original.logits) <= 2 * allowed
+
+
+def token_error(found: Tensor, expected: Tensor) -> float:
+    """Return the root mean square over the vocabulary, for the median token.
+
+    Not the mean token: one whose routing to experts tips over says nothing about the weights.
+    """
+    return float((found - expected).square().mean(-1).sqrt().median())
 
 
 @torch.no_grad()
@@ -148,7 +157,7 @@ def test_bits_count_everything_that_is_stored(wide: Case) -> None:
     assert 0.998 * 3.3 <= 8 * stored / weights <= 3.3
 
 
-@pytest.mark.parametrize("text", ["200kB", "0.2x", "0.24x", "230000"])
+@pytest.mark.parametrize("text", ["200kB", "0.2x", "0.23x", "211000"])
 @pytest.mark.parametrize("options", [QuantizeOptions(), QuantizeOptions(shard_bytes=40_000)])
 def test_size_is_met_from_below(wide: Case, text: str, options: QuantizeOptions) -> None:
     budget = parse_size(text)
@@ -250,7 +259,7 @@ def test_experts_without_tokens_are_named_and_quantized(
     with caplog.at_level(logging.WARNING, "bitmosaic"):
         output, _ = model.quantize(
             Sfmp(formats=("int3-g16", "int4-g16"), tile_out=16, tile_in=16, base=base),
-            Budget(bits=6.0),
+            Budget(bits=4.8),
         )
     warned = [record.getMessage() for record in caplog.records if "experts" in record.msg]
     assert len(warned) == (2 if base == "nearest" else 4)
@@ -282,7 +291,7 @@ def test_what_a_method_needs_must_be_given(wide: Case, tmp_path: Path) -> None:
 def test_statistics_of_another_model_are_refused(wide: Case, tmp_path: Path) -> None:
     other = case(tmp_path / "other", "llama")
     with pytest.raises(ValueError, match="of another model"):
-        pipeline.allocate(other.source, fine(), Budget(bits=5.5), statistics=wide.statistics)
+        pipeline.allocate(other.source, fine(), Budget(bits=4), statistics=wide.statistics)
 
 
 def test_an_allocation_of_another_model_is_refused(wide: Case, tmp_path: Path) -> None:
@@ -321,7 +330,7 @@ def test_progress_counts_every_block_of_every_stage(wide: Case, tmp_path: Path) 
     typed: Callable[..., object] = track
     pipeline.quantize(
         wide.source,
-        fine(base="gptq"),
+        fine(base="gptq", reorder="shared"),
         Budget(bits=3.5),
         tmp_path / "out",
         tokens=wide.tokens,

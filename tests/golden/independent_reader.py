@@ -1,6 +1,6 @@
-"""Read a packed checkpoint with numpy alone: written from docs/format-spec.md, knowing no bitmosaic.
+"""Read a packed checkpoint with numpy alone, written from docs/format-spec.md.
 
-The numbers of the comments are the sections of that page.
+It knows nothing of bitmosaic.  The numbers of the comments are the sections of that page.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def read_format(name: str) -> dict[str, Any]:
         grid = np.arange(2**bits, dtype=np.float32)
         zero = middle if whole[3] else None  # None: stored
         return {"bits": bits, "group": group, "grid": grid, "scale": True, "zero": zero}
-    kind, group, tensor = re.fullmatch(r"(fp8-e\dm\d|bf16|fp16)(?:-g(\d+))?(-tensor)?", name).groups()
+    kind, group, tensor = re.fullmatch(
+        r"(fp8-e\dm\d|bf16|fp16)(?:-g(\d+))?(-tensor)?", name
+    ).groups()
     return {
         "bits": 8 if kind.startswith("fp8") else 16,
         "group": int(group) if group else None,
@@ -83,40 +85,56 @@ class Stream:
         return read_planes(self.take(bits * -(-count // 8)), bits, count)
 
 
+def tile_map(described: dict[str, Any], arrays: dict[str, np.ndarray], tiles: int) -> np.ndarray:
+    """Read the format index of each tile (4)."""
+    bits = (len(described["formats"]) - 1).bit_length()
+    return read_planes(arrays["tile_map"], bits, tiles) if bits else np.zeros(tiles, np.int64)
+
+
+def boxes(described: dict[str, Any], places: np.ndarray) -> list[tuple[slice, slice]]:
+    """Order tiles, given by raster number, as sections do: full, narrow, short, both (6)."""
+    (height, width), (rows, columns) = described["shape"], described["tile"]
+    found = []
+    for place in places.tolist():
+        row, column = divmod(place, -(-width // columns))
+        top, left = row * rows, column * columns
+        box = slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
+        found.append((top + rows > height, left + columns > width, place, box))
+    return [box for *_, box in sorted(found, key=lambda each: each[:3])]
+
+
+def decode_tile(
+    form: dict[str, Any], streams: dict[str, Stream], rows: int, columns: int
+) -> np.ndarray:
+    """Decode the next tile of a format up to its tensor scale (6, 10)."""
+    codes = streams["codes"].planes(form["bits"], rows * columns)
+    value = form["grid"][codes].reshape(rows, columns)
+    if not form["scale"]:
+        return value
+    group = form["group"] or columns
+    groups = -(-columns // group)
+    scale = streams["scales"].take(2 * rows * groups).view("<f2").astype("f4")
+    zero = form["zero"]
+    if zero is None:
+        zero = streams["zero_points"].planes(form["bits"], rows * groups)
+    zero = np.broadcast_to(np.float32(zero), rows * groups).reshape(rows, groups)
+    spread = np.arange(columns) // group  # group of each column
+    return (value - zero[:, spread]) * scale.reshape(rows, groups)[:, spread]
+
+
 def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Decode one packed weight to float32 [out, in]."""
     (height, width), (tile_rows, tile_columns) = described["shape"], described["tile"]
-    tall, wide = -(-height // tile_rows), -(-width // tile_columns)
-    map_bits = (len(described["formats"]) - 1).bit_length()
-    tile_map = np.zeros(tall * wide, np.int64)
-    if map_bits:
-        tile_map = read_planes(arrays["tile_map"], map_bits, tall * wide)
-    tensor_scales = arrays["tensor_scales"].view("<f4")
+    places = tile_map(described, arrays, -(-height // tile_rows) * -(-width // tile_columns))
     streams = {key: Stream(arrays.get(key)) for key in ("codes", "scales", "zero_points")}
     weight = np.zeros((height, width), np.float32)
     for index, name in enumerate(described["formats"]):
         form = read_format(name)
-        if form["bits"] == 0:
-            continue  # zeros, and nothing stored
-        for short_rows, short_columns in ((0, 0), (0, 1), (1, 0), (1, 1)):  # sections (6)
-            for place in np.flatnonzero(tile_map == index):
-                top, left = place // wide * tile_rows, place % wide * tile_columns
-                rows, columns = min(tile_rows, height - top), min(tile_columns, width - left)
-                if (rows < tile_rows, columns < tile_columns) != (short_rows, short_columns):
-                    continue
-                codes = streams["codes"].planes(form["bits"], rows * columns)
-                value = form["grid"][codes].reshape(rows, columns)
-                group = min(form["group"] or columns, columns)
-                groups = -(-columns // group)
-                if form["scale"]:
-                    scale = streams["scales"].take(2 * rows * groups).view("<f2").astype("f4")
-                    zero = form["zero"]
-                    if zero is None:
-                        zero = streams["zero_points"].planes(form["bits"], rows * groups)
-                    zero = np.broadcast_to(np.float32(zero), rows * groups).reshape(rows, groups)
-                    spread = np.arange(columns) // group  # group of each column
-                    value = (value - zero[:, spread]) * scale.reshape(rows, groups)[:, spread]
-                weight[top : top + rows, left : left + columns] = value * tensor_scales[index]
+        scale = arrays["tensor_scales"].view("<f4")[index]
+        for rows, columns in boxes(described, np.flatnonzero(places == index)):
+            if form["bits"]:  # else zeros, and nothing stored
+                box = weight[rows, columns]
+                box[:] = decode_tile(form, streams, *box.shape) * scale
     assert not any(stream.rest.size for stream in streams.values())
     if "in_permutation" in arrays:  # new position -> old index (8)
         weight[:, arrays["in_permutation"]] = weight.copy()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, packed_tensors, write_packed
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.checkpoint import assemble, describe, open_packed, read_tensors, validate
+from strategies import few, packed_tensors, write_packed
 
 TENSORS = packed_tensors()
 MIXED = TENSORS["layer.mixed"]
@@ -31,8 +31,6 @@ class TestArrays:
     @pytest.mark.parametrize("key", list(MIXED.arrays()))
     @pytest.mark.parametrize("damage", ["missing", "short", "long", "type", "two axes"])
     def test_every_array_must_have_its_exact_size_and_type(self, key, damage):
-        if key in ("in_permutation", "out_permutation") and damage == "missing":
-            return  # optional: a tensor without one is another, valid tensor
         changed = arrays()
         array = changed.pop(key)
         if damage == "short":
@@ -94,7 +92,7 @@ class TestPermutations:
 class TestOutliers:
     def test_columns_must_ascend_within_a_row(self):
         changed = arrays()
-        changed["outlier_columns"] = changed["outlier_columns"].flip(0)
+        changed["outlier_columns"] = changed["outlier_columns"].long().flip(0).to(torch.uint16)
         refused("outlier_columns must ascend within each row, below 70", changed=changed)
 
     def test_columns_must_lie_inside(self):
@@ -153,12 +151,27 @@ class TestDescription:
             ({"formats": ["int4", 3]}, "formats of layer.mixed must be 1 to 256 names"),
             ({"formats": ["trellis3"]}, "layer.mixed: format must be of one of the families"),
             ({"formats": ["int12"]}, "layer.mixed: format must be int1 to int8"),
+            ({"permutations": []}, "permutations of layer.mixed must be in, out or both"),
+            ({"permutations": ["out", "in"]}, "permutations of layer.mixed must be in, out or"),
+            ({"permutations": "in"}, "permutations of layer.mixed must be in, out or both"),
+            ({"permutations": ["in"]}, "layer.mixed.out_permutation must be absent"),
             ({"outlier_format": "fp8"}, "outlier_format of layer.mixed must be one of"),
             ({"outlier_format": ["fp16"]}, "outlier_format of layer.mixed must be one of"),
         ],
     )
     def test_a_fault_is_named(self, change, match):
         refused(match, describe(MIXED) | change)
+
+    @pytest.mark.parametrize("key", ["permutations", "outlier_format"])
+    def test_an_array_that_the_description_does_not_name(self, key):
+        described = describe(MIXED)
+        del described[key]
+        refused("layer.mixed.* must be absent, as config.json describes", described)
+
+    def test_an_array_that_the_description_names_but_is_not_stored(self):
+        changed = arrays(TENSORS["layer.plain"])
+        described = describe(TENSORS["layer.plain"]) | {"permutations": ["in"]}
+        refused("layer.mixed.in_permutation must be stored", described, changed)
 
     @pytest.mark.parametrize("described", [None, [], 3, "text", {}, {"shape": [1, 1]}])
     def test_something_else_than_a_description(self, described):
@@ -224,7 +237,7 @@ class TestDirectory:
     def test_another_method(self, tmp_path):
         write_packed(tmp_path)
         self.rewrite(tmp_path, lambda c: c["quantization_config"].update(quant_method="gptq"))
-        with pytest.raises(ValueError, match="quant_method of .* must be 'bitmosaic', not 'gptq'"):
+        with pytest.raises(ValueError, match=r"quant_method of .* must be 'bitmosaic', not 'gptq'"):
             open_packed(tmp_path)
 
     @pytest.mark.parametrize("tensors", [None, [], "x", 3])
@@ -242,7 +255,9 @@ class TestDirectory:
             config["quantization_config"]["tensors"]["layer.plain"]["formats"] = ["nf4"]
 
         self.rewrite(tmp_path, change)
-        with pytest.raises(ValueError, match="layer.plain: format must be of one of the families"):
+        with pytest.raises(
+            ValueError, match=r"layer\.plain: format must be of one of the families"
+        ):
             open_packed(tmp_path)
 
     def test_a_tensor_that_is_not_there(self, tmp_path):
@@ -253,7 +268,7 @@ class TestDirectory:
             tensors["layer.other"] = tensors["layer.plain"]
 
         self.rewrite(tmp_path, change)
-        with pytest.raises(ValueError, match="layer.other is missing"):
+        with pytest.raises(ValueError, match=r"layer\.other is missing"):
             open_packed(tmp_path)
 
     def test_missing_files(self, tmp_path):
@@ -261,7 +276,9 @@ class TestDirectory:
             open_packed(tmp_path)
         write_packed(tmp_path, shards=2)
         (tmp_path / "model-00002-of-00002.safetensors").unlink()
-        with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is missing"):
+        with pytest.raises(
+            FileNotFoundError, match=r"model-00002-of-00002\.safetensors is missing"
+        ):
             open_packed(tmp_path)
 
     @pytest.mark.parametrize("kept", [0, 4, 8, 200, -1])
@@ -308,7 +325,7 @@ class TestDirectory:
         text = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
         path = tmp_path / "model.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-        with pytest.raises(ValueError, match="a in .* must be of a type among .*, not F8_E4M3"):
+        with pytest.raises(ValueError, match=r"a in .* must be of a type among .*, not F8_E4M3"):
             checkpoint.read_entries(path)
 
     @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from strategies import packed_tensors, write_packed
 
 from bitmosaic import checkpoint
 from bitmosaic.checkpoint import Entry, header, open_packed, read_entries, read_tensors
+from strategies import packed_tensors, write_packed
 
 DTYPES = tuple(checkpoint._DTYPE_NAMES)
 
@@ -112,9 +112,14 @@ class TestAtomic:
     def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path):
         path = tmp_path / "a.txt"
         checkpoint.write_text(path, "old")
-        with pytest.raises(RuntimeError, match="half way"), checkpoint.atomic_file(path) as file:
-            file.write(b"new, but")
-            raise RuntimeError("half way")
+
+        def fail():
+            with checkpoint.atomic_file(path) as file:
+                file.write(b"new, but")
+                raise RuntimeError("half way")
+
+        with pytest.raises(RuntimeError, match="half way"):
+            fail()
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from strategies import weights
 
 from bitmosaic import formats
 from bitmosaic.formats import Parameters
 from bitmosaic.formats.base import nearest_code, round_scale
+from strategies import weights
 
 FP8 = {"fp8-e4m3": torch.float8_e4m3fn, "fp8-e5m2": torch.float8_e5m2}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,7 +126,7 @@ class TestFloat:
     @pytest.mark.parametrize("name", FP8)
     def test_ties_go_to_the_even_code(self, name):
         grid = formats.get(f"{name}-tensor").grid
-        positive = grid[: 128][grid[:128].isfinite()]
+        positive = grid[:128][grid[:128].isfinite()]
         middle = (positive[1:] + positive[:-1]) / 2
         codes = encode(f"{name}-tensor", middle).long()
         assert codes.tolist() == [low + low % 2 for low in range(len(middle))]

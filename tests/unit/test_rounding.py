@@ -1,11 +1,5 @@
 import pytest
 import torch
-from strategies import (
-    correlated_hessian,
-    random_layer,
-    register_third_party,
-    weights,
-)
 
 from bitmosaic import formats
 from bitmosaic.formats import UnsupportedError
@@ -13,13 +7,19 @@ from bitmosaic.rounding import (
     awq_clip,
     awq_scale,
     compensated,
-    inverse_factor,
+    compensation_factor,
     nearest,
     output_error,
     sorted_order,
     tile_errors,
 )
 from bitmosaic.tensor import permute
+from strategies import (
+    correlated_hessian,
+    random_layer,
+    register_third_party,
+    weights,
+)
 
 FLOAT32 = 2.0**-24
 DAMPING = 0.01
@@ -27,7 +27,7 @@ NAMES = ("int2-g32", "int3-g128", "int4-g48-sym", "int1-sym", "int8", "fp8-e4m3-
 
 
 def damped(hessian):
-    """Damp as the docstring of `inverse_factor` says, in float64."""
+    """Damp as the docstring of `compensation_factor` says, in float64."""
     matrix = hessian.double().clone()
     mean = float(hessian.diagonal().mean())
     dead = matrix.diagonal() == 0
@@ -251,25 +251,29 @@ class TestCompensated:
         formats.get.cache_clear()
 
 
-class TestInverseFactor:
-    @pytest.mark.parametrize("width", [1, 7, 256, 600])
-    def test_is_the_upper_factor_of_the_inverse(self, width):
+class TestCompensationFactor:
+    @pytest.mark.parametrize("width", [1, 7, 256, 600, 1100])
+    def test_is_the_unit_upper_factor(self, width):
         hessian = correlated_hessian(1, width)
-        factor = inverse_factor(hessian, DAMPING).double()
+        factor = compensation_factor(hessian, DAMPING).double()
         assert torch.equal(factor, factor.triu())
-        assert (factor.diagonal() > 0).all()
+        assert (factor.diagonal() == 1).all()
         matrix = damped(hessian)
-        identity = torch.eye(width, dtype=torch.float64)
-        residual = factor @ matrix @ factor.t() - identity
-        # |U H U^T - I| is at most a few u cond(H), with width roundings in every entry.
-        assert float(residual.norm()) <= width * FLOAT32 * float(torch.linalg.cond(matrix))
+        # H = N D N^T makes N^-1 H N^-T diagonal; what is left beside the diagonal is rounding,
+        # width roundings an entry, each at most the geometric mean of its two diagonal entries.
+        inverse = torch.linalg.inv(factor)
+        left = inverse @ matrix @ inverse.t()
+        size = inverse.abs() @ matrix.abs() @ inverse.abs().t()
+        off = left - torch.diag(left.diagonal())
+        assert (off.abs() <= width * FLOAT32 * size).all()
+        assert (left.diagonal() > 0).all()
 
     def test_does_not_change_the_hessian(self):
         hessian = correlated_hessian(2, 12)
         hessian[3] = 0
         hessian[:, 3] = 0
         kept = hessian.clone()
-        inverse_factor(hessian, DAMPING)
+        compensation_factor(hessian, DAMPING)
         assert torch.equal(hessian, kept)
 
 

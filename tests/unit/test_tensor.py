@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from golden.independent_reader import decode
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, example_names, few, layers, random_layer, weights
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.rounding import encode_nearest, nearest
@@ -17,6 +15,8 @@ from bitmosaic.tensor import (
     permute,
     store_indices,
 )
+from golden.independent_reader import decode
+from strategies import SEEDS, example_names, few, layers, random_layer, weights
 
 NAMES = example_names()
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,8 +42,8 @@ class TestDequantize:
     @few(100)
     def test_bf16_comes_back_bit_for_bit_under_any_permutation(self, layer, seed):
         weight = weights(seed, layer.shape).to(torch.bfloat16)
-        weight.view(-1)[:: 7] = -0.0
-        weight.view(-1)[3:: 11] = 1e-40  # subnormal
+        weight.view(-1)[::7] = -0.0
+        weight.view(-1)[3::11] = 1e-40  # subnormal
         tensor = nearest(weight.float(), layer)
         again = tensor.dequantize(torch.bfloat16)
         assert torch.equal(again.view(torch.int16), weight.view(torch.int16))

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, SHAPES, TILES, few, layers
 
 from bitmosaic import formats
 from bitmosaic.tiling import (
@@ -13,6 +12,7 @@ from bitmosaic.tiling import (
     tile_sizes,
     unpack_planes,
 )
+from strategies import SEEDS, SHAPES, TILES, few, layers
 
 NAMES = ("int2-g16", "int5-sym", "fp8-e4m3", "pruned", "bf16")
 

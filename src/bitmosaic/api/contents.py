@@ -27,7 +27,9 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     """
     packed = checkpoint.open_packed(Path(directory))
     files = checkpoint.tensor_files(packed.directory)
-    entries = {name: entry for file in files for name, entry in checkpoint.read_entries(file).items()}
+    entries = {
+        name: entry for file in files for name, entry in checkpoint.read_entries(file).items()
+    }
     matrices = [_matrix(packed, name, entries) for name in packed.tensors]
     kinds: Counter[str] = Counter()
     for matrix in matrices:
@@ -57,9 +59,7 @@ def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> d
     shape, tile = tuple(described["shape"]), tuple(described["tile"])
     counts = _weights_by_format(packed, name)
     weights = shape[0] * shape[1]
-    arrays = {
-        key: entries[f"{name}.{key}"].nbytes for key in ARRAYS if f"{name}.{key}" in entries
-    }
+    arrays = {key: entries[f"{name}.{key}"].nbytes for key in ARRAYS if f"{name}.{key}" in entries}
     return {
         "name": name,
         "shape": list(shape),

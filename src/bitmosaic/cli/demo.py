@@ -111,9 +111,7 @@ def run(output: Path, reporter: Reporter) -> Outcome:
     _clear(output)
     began = time.monotonic()
     text = _calibration(original, reporter)
-    api.calibrate(
-        original, output / "statistics", calibration=text, track=reporter.track
-    )
+    api.calibrate(original, output / "statistics", calibration=text, track=reporter.track)
     calibration_seconds = time.monotonic() - began
     judge = _Judge(original)
     rows = [_original_row(original, judge, reporter)]

@@ -123,9 +123,7 @@ def generate(
     )
     console = results()
     console.print(prompt + found.text, markup=False, soft_wrap=True)
-    console.print(
-        f"({found.tokens} tokens, {found.tokens_per_second:.1f} tokens/s)", markup=False
-    )
+    console.print(f"({found.tokens} tokens, {found.tokens_per_second:.1f} tokens/s)", markup=False)
 
 
 def inspect(
@@ -215,8 +213,7 @@ def _histogram(shares: dict[str, float], shades: dict[str, str]) -> str:
         ends.append(round(position * _BAR))
     starts = [0, *ends[:-1]]
     drawn = "".join(
-        shades[name] * (end - start)
-        for name, start, end in zip(shares, starts, ends, strict=True)
+        shades[name] * (end - start) for name, start, end in zip(shares, starts, ends, strict=True)
     )
     words = ", ".join(f"{shades[name]} {name} {share:.0%}" for name, share in shares.items())
     return f"{drawn}  {words}"

@@ -54,9 +54,7 @@ Format = Annotated[
 def calibrate(
     model: Model,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP, show_default=False)],
-    output: Annotated[
-        Path, typer.Option(help="Directory for the statistics.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option(help="Directory for the statistics.", show_default=False)],
     samples: Samples = 64,
     seqlen: Seqlen = None,
     seed: Seed = 0,

@@ -38,7 +38,9 @@ def is_packed(config: Any) -> bool:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    return bool(quantization) and quantization.get("quant_method") == checkpoint.QUANT_METHOD
+    if not isinstance(quantization, dict):
+        return False
+    return quantization.get("quant_method") == checkpoint.QUANT_METHOD
 
 
 def open_tokenizer(directory: Path) -> Any:

@@ -158,6 +158,23 @@ class Format:
         return value
 
 
+def extremes(weight: Float[Tensor, "tiles rows groups size"]) -> tuple[Tensor, Tensor]:
+    """Find the smallest and largest weight of each group.
+
+    Two reductions: along a short last axis each is vectorized, torch.aminmax is not (128 wide:
+    45 against 575 us for 262,144 weights).
+    """
+    return weight.amin(dim=-1), weight.amax(dim=-1)
+
+
+def largest_magnitude(weight: Tensor) -> float:
+    """Find the largest magnitude of a matrix without a copy of it (0 for an empty one)."""
+    if not weight.numel():
+        return 0.0
+    low, high = torch.aminmax(weight)
+    return max(-float(low), float(high))
+
+
 def packed_bytes(count: int) -> int:
     """Bytes of one bit-plane of `count` codes."""
     return -(-count // 8)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmosaic.formats.base import Format, Parameters, round_scale
+from bitmosaic.formats.base import Format, Parameters, extremes, round_scale
 
 EXAMPLES = (
     *(f"int{bits}-g128" for bits in range(1, 9)),
@@ -41,7 +41,7 @@ class IntFormat(Format):
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Parameters:
         """Cover each group's range, zero included, with equal steps."""
-        low, high = torch.aminmax(weight, dim=-1)
+        low, high = extremes(weight)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         top = 2**self.bits - 1
         scale = round_scale((high - low) / top, "fp16")
@@ -70,7 +70,7 @@ class SymmetricIntFormat(Format):
         """Take the smallest scale under which no weight of the group is clipped (1 bit: L2 fit)."""
         if self.bits == 1:
             return Parameters(scale=round_scale(2 * weight.abs().mean(dim=-1), "fp16"))
-        low, high = torch.aminmax(weight, dim=-1)
+        low, high = extremes(weight)
         half = 2.0 ** (self.bits - 1)
         return Parameters(scale=round_scale(torch.maximum(-low / half, high / (half - 1)), "fp16"))
 

@@ -31,6 +31,7 @@ from bitmosaic.checkpoint import (
     QUANT_METHOD,
     Entry,
     check_description,
+    check_optional,
     read_entries,
 )
 from bitmosaic.formats import UnsupportedError
@@ -188,6 +189,7 @@ def _described(name: str, described: Any, entries: dict[str, Entry]) -> Quantize
             f"{name}.tensor_scales must be stored, since config.json describes {name}, but it is "
             f"missing. {_REMEDY}"
         )
+    check_optional(name, described, arrays)
     return QuantizedTensor(
         tuple(described["shape"]),  # two numbers: already checked
         tuple(described["tile"]),

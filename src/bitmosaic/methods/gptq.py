@@ -6,16 +6,18 @@ Generative Pre-trained Transformers*, 2022, arXiv 2210.17323.
 The idea: round one in_channel at a time and move its error onto the in_channels not yet rounded,
 so that the layer's output on calibration inputs changes least.
 
-    err = (w_j - q_j) / U_jj,   W[:, j:] -= err U[j, j:],   H = sum x x^T,  H^-1 = U^T U
+    q_j = round(w_j + sum over i < j of delta_i N_ij),  delta_i = w_i - q_i,  H = sum x x^T = N D N^T
 
 | symbol | variable | meaning |
 |---|---|---|
 | H | hessian | [in, in], sum over calibration tokens, 1 % damping |
-| U | factor | upper triangular, `rounding.inverse_factor` |
+| N | factor | unit upper triangular, `rounding.compensation_factor` |
 
 Deviations: H is measured on the already quantized prefix of the model, block by block (all layers
-of a block at once, not each after its predecessors inside the block); one Cholesky factorisation
-in place of three.  Reproduced numbers: docs/methods/sfmp.md (as baseline).
+of a block at once, not each after its predecessors inside the block).  The sweep is written with a
+factor of H itself, not of its inverse: the same numbers (delta N = 0 for the columns still free is
+GPTQ's update), from one Cholesky factorisation in place of three steps.
+Measured: docs/methods/sfmp.md (as baseline).
 """
 
 from __future__ import annotations

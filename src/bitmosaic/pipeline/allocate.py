@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint
-from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts
+from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts, feasible_range
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
 from bitmosaic.model.experts import linears
@@ -169,7 +169,9 @@ def plan_budget(
     if budget.bits is not None:
         return method.allocate(scores, int(budget.bits * weights / 8))
     size = plan.resolve(budget)
-    allowed = size - plan.fixed_upper_bound([t for part in scores for t in part.tables])
+    tables = [table for part in scores for table in part.tables]
+    most = feasible_range(tables)[1]
+    allowed = min(size - plan.fixed_upper_bound(tables), most)
     best: dict[str, Any] | None = None
     for _ in range(8):
         if allowed <= 0:
@@ -180,9 +182,9 @@ def plan_budget(
             if best is not None and left >= size - plan.total_bytes(best):
                 return best
             best = layers
-            if left < 64:
+            if left < 64 or allowed == most:
                 return best
-        allowed += left
+        allowed = min(allowed + left, most)
     if best is None:
         raise BudgetError(
             f"size must be more than {size - allowed:,} bytes, which embeddings, norms and headers "

@@ -31,7 +31,7 @@ from bitmosaic.pipeline.common import (
 
 MANIFEST = "statistics.json"
 _GRADIENTS = "gradients.safetensors"
-DEFAULT_MEMORY_CAP = 1 << 30
+DEFAULT_MEMORY_CAP = 256 * 2**20
 """Bytes of block inputs kept in memory; beyond it they go to files."""
 
 

@@ -110,6 +110,8 @@ def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) 
         raise FileExistsError(
             f"{directory} must be new or empty, but it holds other files. {remedy}"
         )
+    for rest in begun:
+        rest.unlink()
     checkpoint.write_text(path, json.dumps(identity, indent=2, sort_keys=True) + "\n")
 
 

@@ -130,6 +130,13 @@ class OutputPlan:
         slack = sum(90 + len(table.name) + 60 for table in tables)
         return self.total_bytes(everything) - arrays + slack
 
+    def _largest(self, tables: Sequence[TileCosts]) -> int:
+        """Bytes of the output with every tile in its largest format."""
+        widest = {
+            table.name: table.plan(table.bytes().argmax(0).to(torch.uint8)) for table in tables
+        }
+        return self.total_bytes(widest)
+
     def check(self, tables: Sequence[TileCosts], budget: Budget) -> None:
         """Refuse a budget outside what the formats of `tables` can reach, naming the range."""
         low, high = feasible_range(tables)
@@ -147,12 +154,12 @@ class OutputPlan:
                 f"{lowest if budget.bits < lowest else highest:.4f}; or choose other formats."
             )
         size = self.resolve(budget)
-        fixed = self.fixed_upper_bound(tables)
-        if low + fixed <= size and size * 0.998 <= high + fixed:
+        lowest, highest = low + self.fixed_upper_bound(tables), self._largest(tables)
+        if lowest <= size and size * 0.998 <= highest:
             return
-        nearest = low + fixed if size < low + fixed else high + fixed
+        nearest = lowest if size < lowest else highest
         raise BudgetError(
-            f"size must be between {low + fixed:,} and {high + fixed:,} bytes with formats {names} "
+            f"size must be between {lowest:,} and {highest:,} bytes with formats {names} "
             f"and embeddings as {self.embedding}, not {size:,}. The nearest feasible size is "
             f"{nearest:,} bytes ({nearest / tensor_bytes(self.source):.3f}x); or choose other "
             "formats."
@@ -248,11 +255,13 @@ def _write_config(plan: OutputPlan, allocation: Allocation, directory: Path) -> 
     tensors = {}
     for name, layer in {**allocation.layers, **plan.rest_layers()}.items():
         used, _ = drop_unused(layer.formats, layer.tile_map)
-        tensors[name] = {
-            "shape": list(layer.shape),
-            "tile": list(layer.tile),
-            "formats": list(used),
-        }
+        tensors[name] = checkpoint.description(
+            layer.shape,
+            layer.tile,
+            used,
+            in_permutation=layer.in_permutation is not None,
+            out_permutation=layer.out_permutation is not None,
+        )
     config["quantization_config"] = {
         "quant_method": checkpoint.QUANT_METHOD,
         "format_version": checkpoint.FORMAT_VERSION,

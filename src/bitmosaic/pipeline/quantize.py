@@ -413,11 +413,13 @@ class _Packer:
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
             layer = self.allocation.layers[full]
-            described = {
-                "shape": list(layer.shape),
-                "tile": list(layer.tile),
-                "formats": list(layer.formats),
-            }
+            described = checkpoint.description(
+                layer.shape,
+                layer.tile,
+                layer.formats,
+                in_permutation=layer.in_permutation is not None,
+                out_permutation=layer.out_permutation is not None,
+            )
             tensor = checkpoint.assemble(full, described, arrays)
             linear.weight.data.copy_(tensor.dequantize())
         for name, tensor in block.state_dict().items():

@@ -1,0 +1,125 @@
+"""Make the frozen sample of format version 1: `python tests/golden/make_sample.py DIRECTORY`.
+
+The weights are fractions made from integers, so that every machine makes the same bytes.  A change
+of the sample is a change of the file format: it needs a new `format_version` and a new sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitmosaic import checkpoint
+from bitmosaic.rounding import encode_nearest
+from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tiling import grid_shape
+
+NAME = "sample-v1"
+
+
+def weight(out: int, width: int) -> Tensor:
+    """Fill a matrix with multiples of 1/512 from -1.1 to 1.1, the sixth of them shrunk to 1/8."""
+    index = torch.arange(out * width)
+    value = (index * 7919 % 1129 - 564).float() / 512
+    return torch.where(index % 6 == 0, value / 8, value).reshape(out, width)
+
+
+def order(length: int, step: int) -> Tensor:
+    """Reorder by steps through the channels; `step` shares no factor with `length`."""
+    return torch.arange(length) * step % length
+
+
+def cycle(shape: tuple[int, int], tile: tuple[int, int], count: int, step: int = 1) -> Tensor:
+    """Give tiles the formats in turn."""
+    tall, wide = grid_shape(shape, tile)
+    return (torch.arange(tall * wide) * step % count).to(torch.uint8).reshape(tall, wide)
+
+
+def make(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    names: tuple[str, ...],
+    *,
+    step: int = 1,
+    in_permutation: Tensor | None = None,
+    out_permutation: Tensor | None = None,
+    outlier_format: str | None = None,
+) -> QuantizedTensor:
+    """Pack a weight by rounding to nearest; every 29th entry is an outlier where they are asked."""
+    values = weight(*shape)
+    mask = torch.arange(values.numel()).reshape(shape) % 29 == 3
+    return pack(
+        values,
+        tile,
+        cycle(shape, tile, len(names), step),
+        names,
+        encode_nearest,
+        in_permutation=in_permutation,
+        out_permutation=out_permutation,
+        outliers=mask if outlier_format else None,
+        outlier_format=outlier_format or "fp16",
+    )
+
+
+def sample() -> dict[str, QuantizedTensor]:
+    """Every format, every array, ragged tiles, tiles of every kind."""
+    return {
+        "integers": make(
+            (21, 75),
+            (4, 16),
+            ("int1-g8", "int2-g16", "int3-g5", "int4-g128", "int5", "int6-g8", "int7", "int8-g12"),
+            step=3,
+            in_permutation=order(75, 7),
+            out_permutation=order(21, 5),
+            outlier_format="fp16",
+        ),
+        "symmetric": make(
+            (10, 33), (3, 9), ("int1-sym", "int2-g4-sym", "int4-sym", "int8-g5-sym", "pruned")
+        ),
+        "floats": make(
+            (7, 40),
+            (1, 16),
+            ("fp8-e4m3-g8", "bf16", "fp8-e5m2", "fp16", "fp8-e4m3-tensor", "pruned", "int3"),
+            out_permutation=order(7, 3),
+            outlier_format="bf16",
+        ),
+        "columns": make(
+            (13, 6), (13, 1), ("int8", "int2-sym"), in_permutation=order(6, 5),
+            outlier_format="fp32",
+        ),
+        "whole": make((16, 32), (16, 32), ("int4-g128",)),
+        "pruned": make((5, 9), (2, 4), ("pruned",)),
+    }  # fmt: skip
+
+
+def write(directory: Path) -> None:
+    """Write the sample's tensor file and its description."""
+    tensors = sample()
+    arrays = {
+        f"{name}.{key}": array
+        for name, tensor in tensors.items()
+        for key, array in tensor.arrays().items()
+    }
+    arrays["norm.weight"] = weight(1, 8)[0]
+    checkpoint.write_tensors(directory / f"{NAME}.safetensors", arrays, {"format": "pt"})
+    described = {
+        "quantization_config": {
+            "quant_method": "bitmosaic",
+            "format_version": 1,
+            "tensors": {name: checkpoint.describe(tensor) for name, tensor in tensors.items()},
+        },
+        "sha256 of the float32 values": {
+            name: hashlib.sha256(tensor.dequantize().numpy().tobytes()).hexdigest()
+            for name, tensor in tensors.items()
+        },
+    }
+    checkpoint.write_text(directory / f"{NAME}.json", json.dumps(described, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

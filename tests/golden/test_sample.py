@@ -1,0 +1,115 @@
+"""The file format is frozen: what version 1 wrote must be read for ever, and written the same."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitmosaic import checkpoint, formats
+from bitmosaic.rounding import encode_nearest
+from bitmosaic.tensor import QuantizedTensor, pack
+from golden import independent_reader, make_sample
+
+HERE = Path(__file__).parent
+DESCRIBED = json.loads((HERE / "sample-v1.json").read_text())
+TENSORS = DESCRIBED["quantization_config"]["tensors"]
+every_tensor = pytest.mark.parametrize("name", TENSORS)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The sample under the names that a checkpoint directory has."""
+    path = tmp_path_factory.mktemp("sample")
+    shutil.copy(HERE / "sample-v1.safetensors", path / "model.safetensors")
+    shutil.copy(HERE / "sample-v1.json", path / "config.json")
+    return path
+
+
+@every_tensor
+def test_both_readers_decode_the_frozen_values_bit_for_bit(directory, name):
+    expected = DESCRIBED["sha256 of the float32 values"][name]
+    ours = checkpoint.open_packed(directory).load(name).dequantize().numpy()
+    stranger = independent_reader.read_checkpoint(directory)[name]
+    assert hashlib.sha256(ours.tobytes()).hexdigest() == expected
+    assert hashlib.sha256(stranger.tobytes()).hexdigest() == expected
+    assert np.array_equal(ours.view(np.uint32), stranger.view(np.uint32))
+
+
+def test_the_writer_still_makes_the_frozen_bytes(tmp_path):
+    make_sample.write(tmp_path)
+    for name in ("sample-v1.safetensors", "sample-v1.json"):
+        assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
+
+
+@every_tensor
+def test_a_tensor_that_was_read_is_written_as_it_was(directory, name):
+    packed = checkpoint.open_packed(directory)
+    tensor = packed.load(name)
+    assert checkpoint.describe(tensor) == TENSORS[name]
+    stored = packed.arrays_of(name)
+    assert tensor.arrays().keys() == stored.keys()
+    assert all(torch.equal(array, stored[key]) for key, array in tensor.arrays().items())
+
+
+def test_values_are_near_the_weights_they_came_from(directory):
+    # The sums are the meaning of the sample: no hash says whether a value is right.
+    for name, described in TENSORS.items():
+        weight = make_sample.weight(*described["shape"])
+        tensor = checkpoint.open_packed(directory).load(name)
+        error = (tensor.dequantize() - weight).square().sum()
+        assert error <= weight.square().sum() * (1 if name == "pruned" else 0.5)
+
+
+def test_the_sample_holds_every_built_in_format_family_and_array(directory):
+    used = [formats.get(each) for described in TENSORS.values() for each in described["formats"]]
+    assert {type(fmt) for fmt in used} == {
+        type(formats.get(each))
+        for family in ("int", "fp", "pruned")
+        for each in formats.family(family).EXAMPLES
+    }
+    assert {fmt.bits for fmt in used} == {*range(9), 16}
+    stored = {key.rsplit(".", 1)[1] for key in checkpoint.open_packed(directory).files}
+    assert stored - {"weight"} == set(checkpoint.ARRAYS) - {"grids"}
+
+
+WORKED_WEIGHT = [
+    [-1.0, 0.0, 1.0, 2.0, -1.0, 2.0, 0.0, 1.0],
+    [0.0, 0.5, 1.0, 1.5, 1.5, 1.0, 0.5, 0.0],
+]
+WORKED_BYTES = {
+    "codes": "6a5aac3c",
+    "scales": "006c0068",
+    "zero_points": "0100",
+    "tensor_scales": "00008039",
+}
+
+
+class TestWorkedExample:
+    """Section 12 of docs/format-spec.md; the bytes were computed by hand."""
+
+    def test_is_packed_into_the_bytes_of_the_page(self):
+        tile_map = torch.zeros((1, 1), dtype=torch.uint8)
+        weight = torch.tensor(WORKED_WEIGHT)
+        tensor = pack(weight, (2, 8), tile_map, ("int2",), encode_nearest)
+        made = {key: bytes(array.tolist()).hex() for key, array in tensor.arrays().items()}
+        assert made == WORKED_BYTES
+        assert tensor.bits_per_weight == 7
+
+    def test_is_decoded_by_both_readers(self):
+        arrays = {key: bytes.fromhex(text) for key, text in WORKED_BYTES.items()}
+        tensor = QuantizedTensor((2, 8), (2, 8), (formats.get("int2"),))
+        for key, data in arrays.items():
+            setattr(tensor, key, torch.tensor(list(data), dtype=torch.uint8))
+        assert tensor.dequantize().tolist() == WORKED_WEIGHT
+        raw = {key: np.frombuffer(data, "u1") for key, data in arrays.items()}
+        assert independent_reader.decode(checkpoint.describe(tensor), raw).tolist() == WORKED_WEIGHT
+
+    def test_stands_in_the_page(self):
+        page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
+        for text in WORKED_BYTES.values():
+            spaced = " ".join(text[at : at + 2] for at in range(0, len(text), 2))
+            assert f"`{spaced}`" in page
