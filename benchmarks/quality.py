@@ -141,9 +141,7 @@ CASES = (
 )
 
 
-def run(
-    case: Case, wanted: list[tuple[str, str]], bits: list[float]
-) -> list[dict[str, Any]]:
+def run(case: Case, wanted: list[tuple[str, str]], bits: list[float]) -> list[dict[str, Any]]:
     """Measure one model: all methods and modes at all budgets."""
     tokenizer = AutoTokenizer.from_pretrained(case.path)
     windows = case.evaluation(tokenizer)
@@ -159,8 +157,14 @@ def run(
                 try:
                     chosen = methods.get(method)(**VARIANTS[method][mode])
                     row |= measure(
-                        source, chosen, target, Path(directory), tokens, statistics,
-                        reference, windows,
+                        source,
+                        chosen,
+                        target,
+                        Path(directory),
+                        tokens,
+                        statistics,
+                        reference,
+                        windows,
                     )
                 except BudgetError as error:
                     print(f"  {method} {mode} {target:g}: {error}", flush=True)

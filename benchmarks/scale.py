@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import scale_fisher
 import torch
 
+import scale_fisher
 from bitmosaic import rounding
 from bitmosaic.allocation import Allocation, LayerAllocation, TileCosts
 from bitmosaic.methods.base import BlockScores
@@ -136,7 +136,7 @@ def gptq() -> list[dict[str, Any]]:
         weight = torch.randn(out, width, generator=generator) * 0.02
         layer = random_layer((out, width), NAMES, generator)
         before = product_rate()
-        seconds = timed(lambda w=weight, l=layer, h=hessian: rounding.compensated(w, l, h), 3)
+        seconds = timed(lambda w=weight, p=layer, h=hessian: rounding.compensated(w, p, h), 3)
         rate = max(before, product_rate())
         operations = out * width**2 + width**3 / 3
         floor = operations / rate

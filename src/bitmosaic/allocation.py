@@ -337,8 +337,9 @@ def two_level(
     if above:
         high = above[0]
         weights = pool.weights.to(torch.float64)
-        order = torch.argsort(torch.cat([t.flatten() for t in importance]) / weights,
-                              descending=True, stable=True)
+        order = torch.argsort(
+            torch.cat([t.flatten() for t in importance]) / weights, descending=True, stable=True
+        )
         extra = (pool.bytes[high] - pool.bytes[low])[order]
         fits = (torch.cumsum(extra, 0) + uniform[low] <= budget).nonzero()
         wide = int(fits[-1]) + 1 if fits.numel() else 0

@@ -1,4 +1,4 @@
-"""Files: writing and reading safetensors, and the packed checkpoint directory (docs/format-spec.md).
+"""Files: safetensors, and the packed checkpoint directory (docs/format-spec.md).
 
 The only module that knows safetensors.  Everything is written to a temporary name, fsynced and
 renamed; everything read is validated before a kernel sees it.
@@ -61,8 +61,10 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return self.dtype.itemsize * int(torch.tensor(self.shape).prod()) if self.shape else (
-            self.dtype.itemsize
+        return (
+            self.dtype.itemsize * int(torch.tensor(self.shape).prod())
+            if self.shape
+            else (self.dtype.itemsize)
         )
 
 
@@ -110,7 +112,7 @@ def stream_tensors(
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
-class atomic_file:  # noqa: N801  (used like a function)
+class atomic_file:
     """Open `path` for writing bytes; the file appears under its name complete, or not at all."""
 
     def __init__(self, path: Path) -> None:
@@ -173,12 +175,12 @@ def read_entries(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(path, framework="pt") as file:
             found = {}
-            for name in file.keys():  # noqa: SIM118  (not a dict)
+            for name in file.keys():
                 part = file.get_slice(name)
                 dtype = part.get_dtype()
                 if dtype not in names:
                     raise ValueError(
-                        f"{name} in {path} must be of a type among {', '.join(names)}, not {dtype}. "
+                        f"{name} in {path} must have a type among {', '.join(names)}, not {dtype}. "
                         "Convert the checkpoint."
                     )
                 found[name] = Entry(name, names[dtype], tuple(part.get_shape()))
@@ -273,7 +275,7 @@ def check_optional(name: str, described: Mapping[str, Any], stored: Iterable[str
 
 
 def assemble(name: str, described: Any, arrays: Mapping[str, Tensor]) -> QuantizedTensor:
-    """Build a packed tensor from its description and stored arrays, after checking every byte count.
+    """Build a packed tensor from its description and arrays, after checking every byte count.
 
     Raises ValueError naming the tensor and the fault for anything that does not fit together.
     """

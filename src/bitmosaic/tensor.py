@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: the canonical packed weight that the compress side writes and the run side reads.
+"""`QuantizedTensor`: the packed weight that the compress side writes and the run side reads.
 
 `dequantize()` is its meaning and `nbytes` its price.  Arrays are kept as raw bytes, exactly as the
 file holds them (docs/format-spec.md), so that casting a model to another dtype cannot touch them.
@@ -104,9 +104,7 @@ class QuantizedTensor:
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Copy all arrays to a device."""
         moved = {
-            name: array.to(device)
-            for name in ARRAYS
-            if (array := getattr(self, name)) is not None
+            name: array.to(device) for name in ARRAYS if (array := getattr(self, name)) is not None
         }
         return replace(self, **moved)
 
@@ -120,7 +118,7 @@ class QuantizedTensor:
         return unpack_planes(planes, tall * wide).view(tall, wide)
 
     def sections(self) -> Iterator[tuple[Section, Tensor, Parameters]]:
-        """Unpack section by section: (section, codes, parameters), codes and groups as `Format` has them."""
+        """Unpack section by section: (section, codes, parameters) as `Format.decode` takes them."""
         reader = _Reader(self)
         for section in sections(self.shape, self.tile, self.formats, self.tile_formats()):
             yield (section, *reader.next(section))
@@ -261,11 +259,15 @@ def pack_encoded(
     def stored(order: Tensor | None, length: int) -> Tensor | None:
         return None if order is None else store_indices(order, length)
 
+    arrays = writer.arrays()
     return QuantizedTensor(
         shape=shape,
         tile=tile,
         formats=chosen,
-        **writer.arrays(),
+        codes=arrays["codes"],
+        scales=arrays["scales"],
+        zero_points=arrays["zero_points"],
+        grids=arrays["grids"],
         tile_map=pack_planes(tile_map.reshape(1, -1), map_bits(len(chosen))).flatten(),
         tensor_scales=torch.tensor(scales, dtype=torch.float32).view(torch.uint8),
         in_permutation=stored(in_permutation, shape[1]),
@@ -330,8 +332,7 @@ class _Writer:
 
     def arrays(self) -> dict[str, Tensor]:
         return {
-            name: torch.cat(parts) if parts else _no_bytes()
-            for name, parts in self._parts.items()
+            name: torch.cat(parts) if parts else _no_bytes() for name, parts in self._parts.items()
         }
 
 

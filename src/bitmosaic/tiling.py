@@ -114,7 +114,9 @@ class Section:
             self.row_start : self.row_start + tall * self.rows,
             self.column_start : self.column_start + wide * self.columns,
         ]
-        return box.unflatten(0, (tall, self.rows)).unflatten(2, (wide, self.columns)).transpose(1, 2)
+        return (
+            box.unflatten(0, (tall, self.rows)).unflatten(2, (wide, self.columns)).transpose(1, 2)
+        )
 
 
 def grid_shape(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
@@ -124,9 +126,7 @@ def grid_shape(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]
 
 def clip_tile(shape: tuple[int, int], tile: tuple[int | None, int | None]) -> tuple[int, int]:
     """Limit a wished tile to the matrix; None means the whole side."""
-    return tuple(
-        max(1, min(side, wish or side)) for side, wish in zip(shape, tile, strict=True)
-    )  # type: ignore[return-value]  # two sides give two numbers
+    return tuple(max(1, min(side, wish or side)) for side, wish in zip(shape, tile, strict=True))  # type: ignore[return-value]  # two sides give two numbers
 
 
 def sections(

@@ -638,7 +638,7 @@ def test_errors_become_one_line() -> None:
     assert sentence(ValueError()) == "ValueError"
     denied = PermissionError(errno.EACCES, "Permission denied", "file")
     assert sentence(denied) == (
-        "the disk refused at file: Permission denied. Check the path and its permissions."
+        "file: the system says: Permission denied. Check the path and its permissions."
     )
 
 

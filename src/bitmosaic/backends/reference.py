@@ -20,7 +20,7 @@ from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import pack_planes
 
 _CHUNK_WEIGHTS = 1 << 20
-"""Weights decoded at a time from a matrix whose rows stand alone.  Decoded at once it peaks at 14 bytes a
+"""Weights decoded at a time where rows stand alone.  Decoded at once a matrix peaks at 14 bytes a
 weight (int8, measured); in pieces at 4.5, the result included, and in half the time."""
 
 

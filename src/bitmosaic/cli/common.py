@@ -98,11 +98,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 def sentence(error: BaseException) -> str:
     """Put an error into one line with its remedy."""
     if isinstance(error, OSError) and error.errno is not None:
-        where = f" at {error.filename}" if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""
         remedy = "Check the path and its permissions."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "Free some space, then run the same command to go on."
-        return f"the disk refused{where}: {error.strerror}. {remedy}"
+        return f"{where}the system says: {error.strerror}. {remedy}"
     text = " ".join(str(error).split())
     return text or type(error).__name__
 

@@ -38,8 +38,9 @@ SEQLEN = 256  # what the embedded model was trained for
 CALIBRATION_WINDOWS = 48
 EVALUATION_WINDOWS = 40
 GOOD_KL = 0.1
-PROMPT = "<s>import os\nimport sys\n\n\ndef main():\n"
-TOKENS = 64
+PROMPT = 'def read_file(path):\n    """'
+TOKENS = 48
+TEMPERATURE = 0.5  # at 0 so small a model repeats itself
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Outcome:
             f"{self.generation.tokens_per_second:.0f} tokens/s:\n",
             soft_wrap=True,
         )
-        prompt = self.generation.prompt.removeprefix("<s>")
-        console.print(prompt + self.generation.text, markup=False, soft_wrap=True)
+        console.print(self.generation.prompt + self.generation.text, markup=False, soft_wrap=True)
 
 
 class _Judge:
@@ -122,7 +122,7 @@ def run(output: Path, reporter: Reporter) -> Outcome:
     checkpoint.write_text(results, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     chosen = choose(rows[1:])
     model = evaluation.load_model(Path(chosen.directory))
-    written = generate(model, judge.tokenizer, PROMPT, tokens=TOKENS)
+    written = generate(model, judge.tokenizer, PROMPT, tokens=TOKENS, temperature=TEMPERATURE)
     return Outcome(rows, calibration_seconds, chosen, written, results)
 
 

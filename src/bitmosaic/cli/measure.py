@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ _FIGURES = (
     ("seconds", "{:.1f}"),
 )
 _BAR = 12
+_DEMO_THREADS = 4  # the embedded model is too small to feed more
 _SHADES = "█▓▒░"
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -159,7 +161,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Quantize the embedded model with every method at several budgets, and compare."""
-    set_threads(threads)
+    set_threads(threads or min(_DEMO_THREADS, os.cpu_count() or 1))
     # Lazy: the demo works below the public API, whose imports take seconds.
     from bitmosaic.cli.demo import run
 

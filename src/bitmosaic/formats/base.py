@@ -208,7 +208,7 @@ def nearest_code(value: Tensor, grid: Tensor) -> Tensor:
 
 
 def _normalise(weight: Tensor, parameters: Parameters, fixed_zero_point: float) -> Tensor:
-    """Invert the decode law: the real number whose nearest grid point is sought (a fresh tensor)."""
+    """Invert the decode law: the number whose nearest grid point is sought (a fresh tensor)."""
     if parameters.scale is None:
         scaled = weight.clone()
     else:

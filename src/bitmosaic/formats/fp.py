@@ -1,4 +1,4 @@
-"""Floating-point grids: ``fp8-e4m3`` and ``fp8-e5m2`` with scales, ``bf16`` and ``fp16`` as they are.
+"""Floating-point grids: ``fp8-e4m3``, ``fp8-e5m2`` with scales; ``bf16``, ``fp16`` as they are.
 
 Spelling: ``fp8-e4m3[-g{group}|-tensor]``, ``fp8-e5m2[...]``, ``bf16``, ``fp16``.  FP8 has an fp16
 scale a group (the whole tile row without ``-g``), or none but `tensor_scale` with ``-tensor``.

@@ -6,7 +6,7 @@ Generative Pre-trained Transformers*, 2022, arXiv 2210.17323.
 The idea: round one in_channel at a time and move its error onto the in_channels not yet rounded,
 so that the layer's output on calibration inputs changes least.
 
-    q_j = round(w_j + sum over i < j of delta_i N_ij),  delta_i = w_i - q_i,  H = sum x x^T = N D N^T
+    q_j = round(w_j + sum over i < j of delta_i N_ij),  delta_i = w_i - q_i,  sum x x^T = N D N^T
 
 | symbol | variable | meaning |
 |---|---|---|

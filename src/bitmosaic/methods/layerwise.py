@@ -45,9 +45,9 @@ class Layerwise(RoundedMethod):
     def score(self, block: BlockView) -> BlockScores:
         """Score each matrix as one tile."""
         tables = [
-            tile_costs(
-                name, weight, block.fisher[name], (None, None), self.formats, self.score_by
-            )[0]
+            tile_costs(name, weight, block.fisher[name], (None, None), self.formats, self.score_by)[
+                0
+            ]
             for name, weight in block.weights.items()
         ]
         return BlockScores(tables)

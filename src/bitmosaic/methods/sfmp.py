@@ -44,7 +44,6 @@ from bitmosaic.methods.base import (
     tile_costs,
 )
 from bitmosaic.model.structure import Structure, Tie, tie_columns
-from bitmosaic.rounding import sorted_order
 
 REORDERS = ("none", "per_matrix", "shared", "folded")
 SOLVERS = ("lagrangian", "two_level")
@@ -170,7 +169,7 @@ class Sfmp(RoundedMethod):
         rows = {name: part.sum(1, dtype=torch.float64) for name, part in fisher.items()}
         if self.reorder == "shared":
             for group in block.structure.inputs:
-                total = sum(columns[name] for name in group.linears)
+                total = torch.stack([columns[name] for name in group.linears]).sum(0)
                 columns |= dict.fromkeys(group.linears, total)
         return {
             name: (
@@ -179,6 +178,11 @@ class Sfmp(RoundedMethod):
             )
             for name in fisher
         }
+
+
+def sorted_order(score: Tensor) -> Tensor:
+    """Order channels by falling score, ties by index."""
+    return torch.argsort(score, descending=True, stable=True)
 
 
 def _is_free(tie: Tie) -> bool:

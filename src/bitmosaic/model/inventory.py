@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 from bitmosaic.checkpoint import Entry
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source

@@ -103,7 +103,7 @@ class KeptStates(Sequence[Tensor]):
         """Read or write all bytes of one sample; a single call may stop short."""
         if self._file is None:
             raise ValueError("Kept states must not be used after their release. Keep them longer.")
-        view = memoryview(states.view(torch.uint8).reshape(-1).numpy())
+        view = states.view(torch.uint8).reshape(-1).numpy().data
         done = 0
         while done < len(view):
             try:

@@ -132,7 +132,7 @@ class Source:
             yield f"{self.block_names[index]}.{name}", tensor
 
     def block_dtypes(self, index: int) -> dict[str, torch.dtype]:
-        """Return the file's type of every tensor of a block, before normalisation; reads nothing."""
+        """Return the file's type of each tensor of a block, before normalisation; reads nothing."""
         return {recipe.target: self._dtype(recipe) for recipe in self._block_recipes[index]}
 
     def rest_entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""calibrate -> allocate -> quantize: one decoder block in memory, each stage a file, all resumable."""
+"""calibrate -> allocate -> quantize: one block in memory, each stage a file, all resumable."""
 
 from bitmosaic.pipeline.allocate import allocate, plan_budget, score
 from bitmosaic.pipeline.calibrate import Statistics, calibrate

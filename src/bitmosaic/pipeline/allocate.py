@@ -28,7 +28,6 @@ from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, 
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.tiling import clip_tile, grid_shape
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +67,7 @@ def score(
     cache: Path | None = None,
     track: Track = quiet,
 ) -> tuple[list[BlockScores], Tensor | None]:
-    """Score all tiles of the model, block by block: tables with full names, and the residual order."""
+    """Score all tiles block by block: tables with full names, and the residual order."""
     if method.statistics:
         if statistics is None:
             raise ValueError(
@@ -135,9 +134,7 @@ def _stored_orders(source: Source, method: Method) -> dict[str, tuple[bool, bool
     return {
         f"{prefix}.{name}": sides
         for index, prefix in enumerate(source.block_names)
-        for name, sides in method.stored_orders(
-            found.of(index, source.empty_block(index))
-        ).items()
+        for name, sides in method.stored_orders(found.of(index, source.empty_block(index))).items()
     }
 
 
@@ -164,7 +161,7 @@ def shape_table(
 def plan_budget(
     method: Method, scores: list[BlockScores], budget: Budget, plan: OutputPlan
 ) -> dict[str, Any]:
-    """Solve for a budget; for one of the whole size, count headers and all other tensors exactly."""
+    """Solve for a budget; for one of the whole size, count headers and other tensors exactly."""
     weights = sum(t.shape[0] * t.shape[1] for part in scores for t in part.tables)
     if budget.bits is not None:
         return method.allocate(scores, int(budget.bits * weights / 8))

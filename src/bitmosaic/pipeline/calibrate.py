@@ -96,7 +96,7 @@ def calibrate(
     """Measure statistics of all linear layers over calibration sequences [samples, tokens].
 
     The same call goes on with an interrupted run of the same model, tokens and statistics.
-    `text` (plain JSON: digest, sketch) is kept in the manifest, so that evaluation can tell calibration text.
+    `text` (plain JSON: digest, sketch) is kept in the manifest, for evaluation to compare with.
     """
     for name in names:
         if statistics.get(name).observes != "gradient":

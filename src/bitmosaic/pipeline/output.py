@@ -176,9 +176,7 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
             sizes[key] += size
     sizes["tile_map"] = map_bits(len(chosen)) * packed_bytes(tile_map.numel())
     sizes["tensor_scales"] = 4 * len(chosen)
-    found = [
-        Entry(f"{name}.{key}", torch.uint8, (size,)) for key, size in sizes.items() if size
-    ]
+    found = [Entry(f"{name}.{key}", torch.uint8, (size,)) for key, size in sizes.items() if size]
     for side, length in (("in_permutation", 1), ("out_permutation", 0)):
         if getattr(layer, side) is not None:
             dtype = torch.uint16 if layer.shape[length] <= 1 << 16 else torch.int32

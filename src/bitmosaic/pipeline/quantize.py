@@ -148,9 +148,7 @@ def _check_request(
     measures = bool(method.block_statistics)
     calibrates = allocation is None and method.statistics and statistics_directory is None
     if (measures or calibrates) and tokens is None:
-        raise ValueError(
-            f"method {method.name} must have calibration text. Give --calibration."
-        )
+        raise ValueError(f"method {method.name} must have calibration text. Give --calibration.")
 
 
 def _check_allocation(source: Source, allocation: Allocation) -> None:
@@ -267,7 +265,12 @@ def _allocation(
                 text=options.text,
             )
     allocation = allocate(
-        source, method, budget, statistics=measured, plan=plan, cache=None if measured else work,
+        source,
+        method,
+        budget,
+        statistics=measured,
+        plan=plan,
+        cache=None if measured else work,
         track=track,
     )
     allocation.save(path)
@@ -349,9 +352,7 @@ class _Packer:
         dtypes = {name: tensor.dtype for name, tensor in block.state_dict().items()}
         block.to(torch.float32)
         prefix = self.source.block_names[index]
-        layers = {
-            name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)
-        }
+        layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
         found = self._fold(index, block, prefix, layers)
         measured: dict[str, LayerStatistics] = {}
         if sweep is not None:

@@ -1,88 +1,33 @@
-"""Rounding: nearest, error-compensated columns (GPTQ), and AWQ's scaling and clipping searches.
+"""Error-compensated columns: GPTQ for any mix of formats in one matrix.
 
-Every function takes a weight and a `LayerAllocation`, so each works for any mix of formats, and
-any method can combine them.
+    q_j = round(w_j + sum over i < j of delta_i N_ij),   delta_i = w_i - q_i,   H = N D N^T
+
+Columns are kept as contiguous rows [in, out] and visited by halves: round the first, bring what it
+left to the second by one matrix product.  So all but in * out * 32 of the out * in^2 operations
+run at the speed of a matrix product (bound: that speed; benchmarks/scale.py measures the ratio).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
-from bitmosaic.formats.base import extremes, largest_magnitude
-from bitmosaic.tensor import QuantizedTensor, pack, pack_encoded
-from bitmosaic.tiling import Section, grid_shape, sections
-
-CLIP_SHRINKS = tuple(1 - 0.05 * step for step in range(10))
-"""Range shrink factors of the clipping search: 1.0 down to 0.55 (AWQ's 10 steps up to 0.45)."""
-SCALE_RATIOS = tuple(step / 20 for step in range(20))
-"""Exponents of the scaling search: 0 (no scaling) to 0.95 (AWQ's grid of 20)."""
-
-
-def nearest(
-    weight: Float[Tensor, "out in"],
-    layer: LayerAllocation,
-    importance: Float[Tensor, "out in"] | None = None,
-) -> QuantizedTensor:
-    """Round every weight to its nearest grid point."""
-    return pack(
-        weight,
-        layer.tile,
-        layer.tile_map,
-        layer.formats,
-        encode_nearest,
-        importance=importance,
-        in_permutation=layer.in_permutation,
-        out_permutation=layer.out_permutation,
-    )
-
-
-def encode_nearest(
-    section: Section, tiles: Tensor, importance: Tensor | None = None
-) -> tuple[Tensor, Parameters]:
-    """Fit each group of a section and encode it to nearest: the plain `Quantizer` of `pack`."""
-    grouped = section.group(tiles)
-    weights = None if importance is None else section.group(importance)
-    parameters = section.format.fit(grouped, weights)
-    return section.format.encode(grouped, parameters), parameters
-
-
-def tile_errors(
-    weight: Float[Tensor, "out in"],
-    importance: Float[Tensor, "out in"],
-    tile: tuple[int, int],
-    fmt: Format,
-) -> Float64[Tensor, "tiles_out tiles_in"]:
-    """Sum importance times squared error of nearest rounding over each tile."""
-    shape = (weight.shape[0], weight.shape[1])
-    scale = fmt.tensor_scale(largest_magnitude(weight))
-    errors = torch.zeros(grid_shape(shape, tile), dtype=torch.float64)
-    everywhere = torch.zeros(errors.shape, dtype=torch.uint8)
-    for section in sections(shape, tile, (fmt,), everywhere):
-        for part in section.chunks():
-            tiles = part.gather(weight).to(torch.float32)
-            codes, parameters = encode_nearest(part, tiles / scale)
-            value = part.ungroup(fmt.decode(codes, parameters)) * scale
-            square = value.sub_(tiles).square_().mul_(part.gather(importance))
-            first, left = part.row_start // tile[0], part.column_start // tile[1]
-            box = errors[first : first + part.picked.shape[0], left : left + part.picked.shape[1]]
-            box[part.picked] = square.sum(dim=(1, 2), dtype=torch.float64)
-    return errors
-
-
-# Error-compensated columns
+from bitmosaic.formats.base import largest_magnitude
+from bitmosaic.tensor import QuantizedTensor, pack_encoded
+from bitmosaic.tiling import Section
 
 
 def compensation_factor(
     hessian: Float[Tensor, "in in"], damping: float, name: str = "hessian"
 ) -> Float[Tensor, "in in"]:
-    """Return the unit upper triangular N with H = N D N^T, H damped by `damping` x its mean diagonal.
+    """Return the unit upper triangular N with H = N D N^T, H damped by a share of its mean diagonal.
 
     The error of rounding, delta H delta^T, is then a sum of squares of (delta N)_j, each of which
     only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij makes the
@@ -171,8 +116,8 @@ def compensated(
 
 
 _LEAF, _ALIGNED = 32, 128
-"""Columns of a leaf of the sweep, and the multiple that larger ranges are split at.  Within a leaf a
-column looks back at 16 others on average, 256 KB for 4096 rows, which stays in L2; groups of 128
+"""Columns of a leaf of the sweep, and the multiple that larger ranges are split at.  Within a leaf
+a column looks back at 16 others on average, 256 KB for 4096 rows, which stays in L2; groups of 128
 begin where everything earlier has already reached them."""
 
 
@@ -215,7 +160,7 @@ class _Sweep:
         self._range(0, self.columns.shape[0])
 
     def _range(self, start: int, stop: int) -> None:
-        """Visit columns by halves: round the first, bring what it left to the second by a product."""
+        """Visit columns by halves: round the first, bring what it left to the second."""
         if stop - start <= _LEAF:
             self._leaf(start, stop)
             return
@@ -235,11 +180,11 @@ class _Sweep:
                 value.addmv_(self.left[start:column].t(), self.factor[start:column, column])
             stored = self.visit[column]
             if not self.static:
-                self.groups.enter(stored, lambda part, at=column: self._current(part, at))
+                self.groups.enter(stored, functools.partial(self._current, column))
             self.groups.round(stored, value, left, codes[column - start])
         self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
 
-    def _current(self, part: Tensor, column: int) -> Tensor:
+    def _current(self, column: int, part: Tensor) -> Tensor:
         """Weights of the adjoining columns `part`, from `column` on, as compensated so far.
 
         With all of them still free, their best values make (delta N)_j zero for each: what earlier
@@ -403,129 +348,3 @@ class _Groups:
             scale / self.tensor_scales[index] if fmt.scale_format is not None else None,
             zero_point if fmt.stores_zero_point else None,
         )
-
-
-# AWQ: scaling and clipping (Lin et al. 2023, arXiv 2306.00978)
-
-
-def awq_scale(
-    weights: Sequence[Float[Tensor, "out in"]],
-    layers: Sequence[LayerAllocation],
-    hessian: Float[Tensor, "in in"],
-    mean_magnitude: Float[Tensor, " in"],
-) -> Float[Tensor, " in"]:
-    """Search the in_channel scales s that make rounding of W·s cheapest for all consumers of an input.
-
-    s = mean|x|^ratio, normalised by sqrt(max·min), over 20 ratios; the loss is the exact
-    calibration error of the outputs, sum over consumers of tr(E H E^T) with E = Q(W·s)/s - W.
-    Returns all ones when no scaling is best.  The caller folds 1/s into the producer.
-    """
-    best = torch.ones_like(mean_magnitude)
-    least = float("inf")
-    for ratio in SCALE_RATIOS:
-        scale = mean_magnitude.clamp(min=1e-4).pow(ratio)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        loss = 0.0
-        for weight, layer in zip(weights, layers, strict=True):
-            error = nearest(weight * scale, layer).dequantize() / scale - weight
-            loss += float((error @ hessian).mul_(error).sum(dtype=torch.float64))
-        if loss < least:
-            best, least = scale, loss
-    return best
-
-
-def awq_clip(
-    weight: Float[Tensor, "out in"],
-    layer: LayerAllocation,
-    hessian: Float[Tensor, "in in"],
-) -> Float[Tensor, "out in"]:
-    """Clamp each group to the shrunk range that loses least: min and max times 1.0, 0.95 ... 0.55.
-
-    The loss of a group is e^T H_gg e, the error it alone causes in its row's output.  Groups are
-    those of the packed order; the clamped weight comes back in its own order.
-    """
-    order = layer.in_permutation
-    rows = layer.out_permutation
-    hessian = hessian if order is None else hessian[order][:, order]
-    clipped = weight.clone()
-    scales = [
-        formats.get(name).tensor_scale(largest_magnitude(weight)) for name in layer.formats
-    ]
-    view = weight if rows is None else weight[rows]
-    view = view if order is None else view[:, order]
-    result = view.clone().to(torch.float32)
-    chosen = tuple(formats.get(name) for name in layer.formats)
-    for section in sections(layer.shape, layer.tile, chosen, layer.tile_map):
-        if section.format.scale_format is not None:
-            _clip_section(section, view, result, hessian, scales[section.format_index])
-    if order is not None:
-        columns = torch.empty_like(result)
-        columns[:, order] = result
-        result = columns
-    if rows is not None:
-        clipped[rows] = result
-        return clipped
-    return result
-
-
-def _clip_section(
-    section: Section, view: Tensor, result: Tensor, hessian: Tensor, scale: float
-) -> None:
-    """Clip one section, one tile column at a time so that its block of H is shared."""
-    for wide in range(section.picked.shape[1]):
-        picked = torch.zeros_like(section.picked)
-        picked[:, wide] = section.picked[:, wide]
-        if not bool(picked.any()):
-            continue
-        part = Section(
-            section.format,
-            section.format_index,
-            section.rows,
-            section.columns,
-            section.row_start,
-            section.column_start,
-            picked,
-        )
-        start = section.column_start + wide * section.columns
-        block = hessian[start : start + section.columns, start : start + section.columns]
-        tiles = part.gather(view).to(torch.float32) / scale
-        part.scatter(result, _clip_tiles(part, tiles, block) * scale)
-
-
-def _clip_tiles(part: Section, tiles: Tensor, block: Tensor) -> Tensor:
-    size = part.format.group or part.columns
-    grouped = part.group(tiles)
-    low, high = (bound[..., None] for bound in extremes(grouped))
-    best, least = grouped, torch.full(grouped.shape[:-1], torch.inf)
-    bounds = [(at, min(at + size, part.columns)) for at in range(0, part.columns, size)]
-    for shrink in CLIP_SHRINKS:
-        clamped = grouped.clamp(low * shrink, high * shrink)
-        parameters = part.format.fit(clamped)
-        decoded = part.format.decode(part.format.encode(clamped, parameters), parameters)
-        error = part.ungroup(decoded - grouped)
-        loss = torch.stack(
-            [
-                ((error[..., at:to] @ block[at:to, at:to]) * error[..., at:to]).sum(-1)
-                for at, to in bounds
-            ],
-            dim=-1,
-        )
-        better = loss < least
-        least = torch.where(better, loss, least)
-        best = torch.where(better[..., None], clamped, best)
-    return part.ungroup(best)
-
-
-def output_error(
-    weight: Float[Tensor, "out in"],
-    rounded: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-) -> float:
-    """Squared output error over the calibration tokens, tr(E H E^T) with E = rounded - weight."""
-    error = (rounded - weight).to(torch.float32)
-    return float((error @ hessian).mul_(error).sum(dtype=torch.float64))
-
-
-def sorted_order(score: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Order by falling score, ties by index."""
-    return torch.argsort(score, descending=True, stable=True)

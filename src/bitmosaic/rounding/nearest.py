@@ -1,0 +1,74 @@
+"""Nearest rounding, and how large its error is."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from bitmosaic.allocation import LayerAllocation
+from bitmosaic.formats import Format, Parameters
+from bitmosaic.formats.base import largest_magnitude
+from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tiling import Section, grid_shape, sections
+
+
+def nearest(
+    weight: Float[Tensor, "out in"],
+    layer: LayerAllocation,
+    importance: Float[Tensor, "out in"] | None = None,
+) -> QuantizedTensor:
+    """Round every weight to its nearest grid point."""
+    return pack(
+        weight,
+        layer.tile,
+        layer.tile_map,
+        layer.formats,
+        encode_nearest,
+        importance=importance,
+        in_permutation=layer.in_permutation,
+        out_permutation=layer.out_permutation,
+    )
+
+
+def encode_nearest(
+    section: Section, tiles: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Parameters]:
+    """Fit each group of a section and encode it to nearest: the plain `Quantizer` of `pack`."""
+    grouped = section.group(tiles)
+    weights = None if importance is None else section.group(importance)
+    parameters = section.format.fit(grouped, weights)
+    return section.format.encode(grouped, parameters), parameters
+
+
+def tile_errors(
+    weight: Float[Tensor, "out in"],
+    importance: Float[Tensor, "out in"],
+    tile: tuple[int, int],
+    fmt: Format,
+) -> Float64[Tensor, "tiles_out tiles_in"]:
+    """Sum importance times squared error of nearest rounding over each tile."""
+    shape = (weight.shape[0], weight.shape[1])
+    scale = fmt.tensor_scale(largest_magnitude(weight))
+    errors = torch.zeros(grid_shape(shape, tile), dtype=torch.float64)
+    everywhere = torch.zeros(errors.shape, dtype=torch.uint8)
+    for section in sections(shape, tile, (fmt,), everywhere):
+        for part in section.chunks():
+            tiles = part.gather(weight).to(torch.float32)
+            codes, parameters = encode_nearest(part, tiles / scale)
+            value = part.ungroup(fmt.decode(codes, parameters)) * scale
+            square = value.sub_(tiles).square_().mul_(part.gather(importance))
+            first, left = part.row_start // tile[0], part.column_start // tile[1]
+            box = errors[first : first + part.picked.shape[0], left : left + part.picked.shape[1]]
+            box[part.picked] = square.sum(dim=(1, 2), dtype=torch.float64)
+    return errors
+
+
+def output_error(
+    weight: Float[Tensor, "out in"],
+    rounded: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+) -> float:
+    """Squared output error over the calibration tokens, tr(E H E^T) with E = rounded - weight."""
+    error = (rounded - weight).to(torch.float32)
+    return float((error @ hessian).mul_(error).sum(dtype=torch.float64))
