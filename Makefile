@@ -4,19 +4,26 @@ WORKERS ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.bitmosaic-installed
+LAYOUT  := $(VENV)/.layout
 
-.PHONY: setup demo test check format bench-quality bench-scale size clean
+.PHONY: FORCE setup demo test check format bench-quality bench-scale size clean
 
 setup: $(STAMP)
 
 # torch first and alone: the pin without a local version takes a CPU wheel where pip is shown one.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt src/bitmosaic_autoload.py src/bitmosaic.pth
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt src/bitmosaic_autoload.py src/bitmosaic.pth $(LAYOUT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python must be 3.11 or newer. Name one: make PYTHON=python3.11")'
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt scikit-build-core cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
+
+# An editable install maps each module to its file, so it is renewed when a file comes or goes.
+$(LAYOUT): FORCE
+	@mkdir -p $(VENV)
+	@find src -name '*.py' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 demo: $(STAMP)
 	$(BIN)/bitmosaic demo

@@ -299,7 +299,7 @@ def interrupted(model: Path, directory: Path) -> Path:
     ("change", "named"),
     [
         ({"budget": Budget(bits=4.5)}, "budget"),
-        ({"method": Sfmp(formats=("int3-g16", "int4-g16"), tile_in=16)}, "parameters"),
+        ({"method": Sfmp(formats=("int2-g16", "int4-g16"), tile_in=16)}, "parameters"),
         ({"method": methods.get("layerwise")()}, "method, parameters"),
         ({"tokens": tokens(3, 12, seed=9)}, "tokens"),
         ({"options": QuantizeOptions(embedding="keep")}, "embedding"),

@@ -1,8 +1,8 @@
 """AWQ's two searches, for any mix of formats: scales of in_channels, and clipped ranges of groups.
 
 J. Lin et al., *AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration*,
-2023, arXiv 2306.00978.  Both losses are exact calibration errors through the Hessian sum x x^T; the paper
-samples tokens and takes the output of a whole attention or MLP.
+2023, arXiv 2306.00978.  Both losses are exact calibration errors through the Hessian sum x x^T; the
+paper samples tokens and takes the output of a whole attention or MLP.
 """
 
 from __future__ import annotations

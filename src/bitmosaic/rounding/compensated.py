@@ -27,7 +27,7 @@ from bitmosaic.tiling import Section
 def compensation_factor(
     hessian: Float[Tensor, "in in"], damping: float, name: str = "hessian"
 ) -> Float[Tensor, "in in"]:
-    """Return the unit upper triangular N with H = N D N^T, H damped by a share of its mean diagonal.
+    """Return the unit upper triangular N of H = N D N^T, H damped by a share of its mean diagonal.
 
     The error of rounding, delta H delta^T, is then a sum of squares of (delta N)_j, each of which
     only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij makes the
