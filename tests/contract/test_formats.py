@@ -151,6 +151,7 @@ def extreme_groups():
         "subnormal": mixed.repeat(2, 1) * 1e-40,
         "one outlier": torch.cat([line * 1e-3, torch.ones(1)]).repeat(2, 1),
         "tiny row beside a huge one": torch.stack([mixed * 2.0**15, mixed * 2.0**-15, mixed * 0]),
+        "rows of all sizes": torch.stack([mixed * 2.0**-power for power in range(0, 18, 3)]),
         "single weight": torch.tensor([[-0.7]]),
     }
 

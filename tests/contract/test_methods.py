@@ -96,7 +96,7 @@ def test_budgets_are_met_from_below(name: str, model: Case) -> None:
 
 @METHODS
 def test_the_whole_checkpoint_keeps_a_size(name: str, model: Case) -> None:
-    size = 200_000
+    size = 170_000
     output, facts = model.quantize(make(name), Budget(size=size), f"{name}-size")
     stored = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     assert stored == facts["bytes"] <= size
@@ -112,7 +112,8 @@ def test_more_bits_come_closer_to_the_original(name: str, model: Case) -> None:
     for budget in BUDGETS:
         output, _ = model.quantize(make(name), budget, f"{name}-{budget.bits}")
         found = functional.log_softmax(logits(load(output), PROMPT), -1)
-        divergences.append(float(functional.kl_div(found, original, log_target=True)))
+        divergence = functional.kl_div(found, original, reduction="sum", log_target=True)
+        divergences.append(float(divergence))
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[-1] > 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,7 +299,7 @@ def test_an_allocation_of_another_model_is_refused(wide: Case, tmp_path: Path) -
     rtn = methods.get("rtn")()
     allocation = pipeline.allocate(wide.source, rtn, Budget(bits=4))
     other = case(tmp_path / "other", "llama")
-    with pytest.raises(ValueError, match="must plan every matrix .* differs at model.layers.0"):
+    with pytest.raises(ValueError, match=r"must plan every matrix .* differs at model.layers.0"):
         pipeline.quantize(other.source, rtn, None, tmp_path / "out", allocation=allocation)
     assert not (tmp_path / "out.unfinished").exists()
 
@@ -321,19 +322,18 @@ def test_a_second_budget_reads_neither_weights_nor_statistics(
 def test_progress_counts_every_block_of_every_stage(wide: Case, tmp_path: Path) -> None:
     seen: dict[str, int] = {}
 
-    def track(items, description: str, total: int):  # noqa: ANN001, ANN202
+    def track(items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         for count, item in enumerate(items, start=1):
             seen[description] = count
             yield item
         assert seen[description] == total
 
-    typed: Callable[..., object] = track
     pipeline.quantize(
         wide.source,
         fine(base="gptq", reorder="shared"),
         Budget(bits=3.5),
         tmp_path / "out",
         tokens=wide.tokens,
-        track=typed,  # type: ignore[arg-type]
+        track=track,
     )
     assert seen == {"forward": 3, "backward": 3, "score": 3, "quantize": 3}

@@ -325,7 +325,7 @@ class TestDirectory:
         text = b'{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
         path = tmp_path / "model.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-        with pytest.raises(ValueError, match=r"a in .* must be of a type among .*, not F8_E4M3"):
+        with pytest.raises(ValueError, match=r"a in .* must have a type among .*, not F8_E4M3"):
             checkpoint.read_entries(path)
 
     @pytest.mark.parametrize(

@@ -149,6 +149,8 @@ def _send_warnings_to_stderr() -> None:
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr())
         logger.propagate = False
+        # The hub's client tells of every attempt; the one error that follows says it all.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _say(message: str) -> None:

@@ -30,7 +30,6 @@ _FIGURES = (
 )
 _BAR = 12
 _DEMO_THREADS = 4  # the embedded model is too small to feed more
-_DEMO_THREADS = 4  # the embedded model is too small to feed more
 _SHADES = "█▓▒░"
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]

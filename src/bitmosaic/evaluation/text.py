@@ -61,6 +61,8 @@ def read_text(source: str | Path, split: str = "test") -> list[str]:
         ValueError: The source has no text, or is not text.
     """
     name = str(source)
+    if not name.strip():
+        raise ValueError("text source must be a name, not empty. Give a file or a directory.")
     if name.split(":")[0] == "stdlib" and not Path(name).exists():
         documents = stdlib_documents(name.partition(":")[2] or split)
     elif Path(source).is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,36 +159,53 @@ def shape_table(
     return TileCosts(name, shape, cut, candidates, costs, *placeholders)
 
 
+_NEARLY_ALL = 12
+"""A plan that leaves less than a 2^12th of its budget is not improved on: each try costs seconds
+on a large model."""
+
+
 def plan_budget(
     method: Method, scores: list[BlockScores], budget: Budget, plan: OutputPlan
 ) -> dict[str, Any]:
-    """Solve for a budget; for one of the whole size, count headers and other tensors exactly."""
-    weights = sum(t.shape[0] * t.shape[1] for part in scores for t in part.tables)
-    if budget.bits is not None:
-        return method.allocate(scores, int(budget.bits * weights / 8))
-    size = plan.resolve(budget)
+    """Solve for a budget; for one of the whole size, count headers and other tensors exactly.
+
+    A solver counts what a layer takes if it uses every format; what a layer that does not need
+    some of them takes less is put to use by solving again.
+    """
     tables = [table for part in scores for table in part.tables]
     most = feasible_range(tables)[1]
-    allowed = min(size - plan.fixed_upper_bound(tables), most)
-    best: dict[str, Any] | None = None
+    weighed: Callable[[dict[str, Any]], int] = plan.total_bytes
+    if budget.bits is not None:
+        weights = sum(table.shape[0] * table.shape[1] for table in tables)
+        size = allowed = int(budget.bits * weights / 8)
+        weighed = _weights_bytes
+    else:
+        size = plan.resolve(budget)
+        allowed = size - plan.fixed_upper_bound(tables)
+    best, unused = None, size
     for _ in range(8):
+        allowed = min(allowed, most)
         if allowed <= 0:
             break
         layers = method.allocate(scores, allowed)
-        left = size - plan.total_bytes(layers)
+        left = size - weighed(layers)
         if left >= 0:
-            if best is not None and left >= size - plan.total_bytes(best):
-                return best
-            best = layers
-            if left < 64 or allowed == most:
-                return best
-        allowed = min(allowed + left, most)
+            if left >= unused:
+                break
+            best, unused = layers, left
+            if left < max(64, size >> _NEARLY_ALL) or allowed == most:
+                break
+        allowed += left
     if best is None:
         raise BudgetError(
             f"size must be more than {size - allowed:,} bytes, which embeddings, norms and headers "
             f"take already, not {size:,}. Use a larger size or smaller embedding formats."
         )
     return best
+
+
+def _weights_bytes(layers: dict[str, Any]) -> int:
+    return sum(layer.nbytes for layer in layers.values())
 
 
 class _Scorer:
