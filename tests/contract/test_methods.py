@@ -84,9 +84,7 @@ def test_budgets_are_met_from_below(name: str, model: Case) -> None:
     method = make(name)
     for budget in BUDGETS:
         assert budget.bits is not None
-        allocation = pipeline.allocate(
-            model.source, method, budget, statistics=model.statistics
-        )
+        allocation = pipeline.allocate(model.source, method, budget, statistics=model.statistics)
         assert allocation.bits_per_weight <= budget.bits
         if method.fits_any_budget and hasattr(method, "tile_out"):  # tiles are small here
             assert allocation.bits_per_weight >= 0.998 * budget.bits
@@ -146,9 +144,7 @@ def test_an_allocation_file_holds_all_that_quantizing_needs(
 ) -> None:
     method = make(name)
     direct, _ = model.quantize(method, Budget(bits=3.6), f"{name}-direct")
-    plan = pipeline.allocate(
-        model.source, method, Budget(bits=3.6), statistics=model.statistics
-    )
+    plan = pipeline.allocate(model.source, method, Budget(bits=3.6), statistics=model.statistics)
     plan.save(tmp_path / "allocation.safetensors")
     loaded = Allocation.load(tmp_path / "allocation.safetensors")
     assert loaded.nbytes == plan.nbytes

@@ -148,9 +148,7 @@ def test_bits_count_everything_that_is_stored(wide: Case) -> None:
     output, facts = wide.quantize(fine(), Budget(bits=3.3), "bits")
     packed = open_packed(output)
     inside = [name for name in packed.tensors if name.startswith("model.layers")]
-    stored = sum(
-        array.nbytes for name in inside for array in packed.arrays_of(name).values()
-    )
+    stored = sum(array.nbytes for name in inside for array in packed.arrays_of(name).values())
     weights = sum(rows * columns for rows, columns in wide.source.linear_shapes().values())
     assert len(inside) == len(wide.source.linear_shapes())
     assert facts["weights_bytes"] == stored
@@ -194,8 +192,14 @@ def test_shards_hold_the_model_of_a_single_file(wide: Case) -> None:
 
 @pytest.mark.parametrize(
     "budget",
-    [Budget(bits=2.4), Budget(bits=9.0), Budget(size=100_000), Budget(size=10**7),
-     Budget(share=0.01), Budget(share=2.0)],
+    [
+        Budget(bits=2.4),
+        Budget(bits=9.0),
+        Budget(size=100_000),
+        Budget(size=10**7),
+        Budget(share=0.01),
+        Budget(share=2.0),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("reorder", ["shared", "folded"])

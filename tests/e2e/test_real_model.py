@@ -56,7 +56,14 @@ class Bench:
             )
             self.measured[key] = divergence(load(output), self.original, self.heldout)
             r = self.measured[key]
-            print(method.name, bits, r.kl_mean, r.model.perplexity, r.reference.perplexity, r.top1_agreement)
+            print(
+                method.name,
+                bits,
+                r.kl_mean,
+                r.model.perplexity,
+                r.reference.perplexity,
+                r.top1_agreement,
+            )
         return self.measured[key]
 
 
@@ -67,8 +74,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_all(bench):
     for b in (2.5, 2.75, 3.0):
-        bench.measure(Sfmp(), b); bench.measure(Layerwise(), b)
-        bench.measure(Sfmp(base="gptq"), b); bench.measure(Layerwise(base="gptq"), b)
-    for b in (3.0, 3.16, 3.2, 3.5): bench.measure(Rtn(), b)
+        bench.measure(Sfmp(), b)
+        bench.measure(Layerwise(), b)
+        bench.measure(Sfmp(base="gptq"), b)
+        bench.measure(Layerwise(base="gptq"), b)
+    for b in (3.0, 3.16, 3.2, 3.5):
+        bench.measure(Rtn(), b)
     from bitmosaic.methods.gptq import Gptq
+
     bench.measure(Gptq(), 3.2)

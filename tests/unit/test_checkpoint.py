@@ -12,7 +12,7 @@ from bitmosaic import checkpoint
 from bitmosaic.checkpoint import Entry, header, open_packed, read_entries, read_tensors
 from strategies import packed_tensors, write_packed
 
-DTYPES = tuple(checkpoint._DTYPE_NAMES)
+DTYPES = tuple(checkpoint.files._DTYPE_NAMES)
 
 
 def tensors_of_every_type():

@@ -264,9 +264,7 @@ def test_an_inner_order_is_folded_and_stored_nowhere(reorder: str) -> None:
     tie = Tie("down", {"gate": 1, "up": 1}, 40, 40, 1)
     block = random_block(shapes, ties=(tie,))
     scores = sfmp(reorder=reorder).score(block)
-    worth = (
-        block.fisher["gate"].sum(1) + block.fisher["up"].sum(1) + block.fisher["down"].sum(0)
-    )
+    worth = block.fisher["gate"].sum(1) + block.fisher["up"].sum(1) + block.fisher["down"].sum(0)
     order = worth.argsort(descending=True, stable=True)
     assert torch.equal(scores.ties["down"], order)
     tables = {table.name: table for table in scores.tables}

@@ -109,7 +109,7 @@ def sentence(error: BaseException) -> str:
 
 def results() -> Console:
     """Return the console for results: stdout, wide enough for tables where it is no terminal."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     return Console(width=width, highlight=False, emoji=False)
 
 

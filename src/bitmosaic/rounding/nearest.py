@@ -38,7 +38,27 @@ def encode_nearest(
     grouped = section.group(tiles)
     weights = None if importance is None else section.group(importance)
     parameters = section.format.fit(grouped, weights)
+    short = section.columns % grouped.shape[-1]
+    if short and parameters.scale is not None:
+        # The fill of a short last group must not weigh in its fit (a mean would see it).
+        last = section.format.fit(grouped[:, :, -1:, :short])
+        parameters = _with_last_group(parameters, last)
     return section.format.encode(grouped, parameters), parameters
+
+
+def _with_last_group(parameters: Parameters, last: Parameters) -> Parameters:
+    """Replace the last group's scale and zero point of every row."""
+
+    def joined(all_groups: Tensor | None, one: Tensor | None) -> Tensor | None:
+        if all_groups is None or one is None:
+            return all_groups
+        return torch.cat([all_groups[..., :-1], one], dim=-1)
+
+    return Parameters(
+        joined(parameters.scale, last.scale),
+        joined(parameters.zero_point, last.zero_point),
+        parameters.grid,
+    )
 
 
 def tile_errors(

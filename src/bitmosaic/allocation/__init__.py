@@ -1,0 +1,30 @@
+"""`Allocation`: which format each tile gets, and the solvers that decide it under a byte budget.
+
+All solvers see one table for each layer, `TileCosts`: the estimated loss of every tile in every
+candidate format, and its exact bytes.  Tiles of the whole model compete in one pool.
+"""
+
+from bitmosaic.allocation.budget import Budget, BudgetError, parse_size
+from bitmosaic.allocation.costs import (
+    TileCosts,
+    check_feasible,
+    feasible_range,
+    overhead_bytes,
+)
+from bitmosaic.allocation.plan import Allocation, LayerAllocation, uniform
+from bitmosaic.allocation.solve import solve, two_level
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "BudgetError",
+    "LayerAllocation",
+    "TileCosts",
+    "check_feasible",
+    "feasible_range",
+    "overhead_bytes",
+    "parse_size",
+    "solve",
+    "two_level",
+    "uniform",
+]

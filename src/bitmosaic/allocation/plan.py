@@ -1,0 +1,136 @@
+"""The plan itself, as plain data: which format each tile gets and how a weight is reordered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from bitmosaic import checkpoint, formats
+from bitmosaic.tensor import drop_unused, predict_bytes
+from bitmosaic.tiling import grid_shape
+
+
+@dataclass(frozen=True)
+class LayerAllocation:
+    """The plan of one weight: formats by tile and how its rows and columns are reordered."""
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    formats: tuple[str, ...]
+    tile_map: UInt8[Tensor, "tiles_out tiles_in"]
+    in_permutation: Int[Tensor, " in"] | None = None
+    out_permutation: Int[Tensor, " out"] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed tensor will take, exactly."""
+        used, tile_map = drop_unused(self.formats, self.tile_map)
+        return predict_bytes(
+            self.shape,
+            self.tile,
+            tuple(formats.get(name) for name in used),
+            tile_map,
+            in_permutation=self.in_permutation is not None,
+            out_permutation=self.out_permutation is not None,
+        )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan of a model.
+
+    Attributes:
+        layers: plan of each quantized weight by its dotted name.
+        recipe: method, hyper-parameters and budget that led here; written to recipe.json.
+        ties: reorderings folded into the model: for the consumer of a tie (an MLP's down
+            projection) the order of its in_channels, which its producers' rows follow.
+        residual: order of the residual stream, folded into every matrix that touches it.
+    """
+
+    layers: dict[str, LayerAllocation]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    ties: dict[str, Int[Tensor, " channels"]] = field(default_factory=dict)
+    residual: Int[Tensor, " hidden"] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored for the quantized weights, per weight."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
+        return 8 * self.nbytes / weights
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        described: dict[str, Any] = {}
+        for name, layer in self.layers.items():
+            described[name] = {
+                "shape": layer.shape,
+                "tile": layer.tile,
+                "formats": layer.formats,
+            }
+            tensors[f"{name}.tile_map"] = layer.tile_map
+            for side in ("in_permutation", "out_permutation"):
+                if (order := getattr(layer, side)) is not None:
+                    tensors[f"{name}.{side}"] = order.to(torch.int32)
+        tensors |= {f"{name}.tie": order.to(torch.int32) for name, order in self.ties.items()}
+        if self.residual is not None:
+            tensors["residual"] = self.residual.to(torch.int32)
+        metadata = {"layers": json.dumps(described), "recipe": json.dumps(self.recipe)}
+        checkpoint.write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Allocation:
+        """Read what `save` wrote."""
+        tensors, metadata = checkpoint.read_tensors(path)
+        if "layers" not in metadata or "recipe" not in metadata:
+            raise ValueError(
+                f"{path} must be an allocation file, but its header has no layers. "
+                "Make one with `bitmosaic allocate`."
+            )
+
+        def order(key: str) -> Tensor | None:
+            return tensors[key].long() if key in tensors else None
+
+        layers = {
+            name: LayerAllocation(
+                shape=tuple(described["shape"]),
+                tile=tuple(described["tile"]),
+                formats=tuple(described["formats"]),
+                tile_map=tensors[f"{name}.tile_map"],
+                in_permutation=order(f"{name}.in_permutation"),
+                out_permutation=order(f"{name}.out_permutation"),
+            )
+            for name, described in json.loads(metadata["layers"]).items()
+        }
+        ties = {
+            key.removesuffix(".tie"): value.long()
+            for key, value in tensors.items()
+            if key.endswith(".tie")
+        }
+        return cls(layers, json.loads(metadata["recipe"]), ties, order("residual"))
+
+
+_BAND_ROWS = 64
+
+
+def uniform(
+    shape: tuple[int, int],
+    name: str,
+    in_permutation: Int[Tensor, " in"] | None = None,
+    out_permutation: Int[Tensor, " out"] | None = None,
+) -> LayerAllocation:
+    """Plan one format for a whole weight, in bands of 64 rows."""
+    tile = (min(_BAND_ROWS, shape[0]), shape[1])
+    bands = torch.zeros(grid_shape(shape, tile), dtype=torch.uint8)
+    return LayerAllocation(shape, tile, (name,), bands, in_permutation, out_permutation)

@@ -1,0 +1,247 @@
+"""Packed tensors in files: their description in config.json, and every check before use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmosaic import formats
+from bitmosaic.formats import SCALE_DTYPES
+from bitmosaic.formats.base import packed_bytes
+from bitmosaic.tensor import ARRAYS, OUTLIER_DTYPES, QuantizedTensor, map_bits
+from bitmosaic.tiling import Section, grid_shape, sections
+
+OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")
+
+
+_OPTIONAL = ("in_permutation", "out_permutation", *OUTLIER_ARRAYS)
+
+
+_LARGEST_SIDE = 1 << 31
+
+
+_MOST_WEIGHTS = 1 << 36
+
+
+_MOST_TILES = 1 << 28
+"""Limits of one packed tensor: pruned tiles store nothing, so that file sizes alone bound neither
+the tile map nor the decoded weight (16 times the largest matrix in use, a 256k x 16k embedding)."""
+
+
+def describe(tensor: QuantizedTensor) -> dict[str, Any]:
+    """What config.json says of a packed tensor; the rest follows from the arrays."""
+    return description(
+        tensor.shape,
+        tensor.tile,
+        [fmt.name for fmt in tensor.formats],
+        in_permutation=tensor.in_permutation is not None,
+        out_permutation=tensor.out_permutation is not None,
+        outlier_format=None if tensor.outlier_values is None else tensor.outlier_format,
+    )
+
+
+def description(
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    names: Sequence[str],
+    *,
+    in_permutation: bool,
+    out_permutation: bool,
+    outlier_format: str | None = None,
+) -> dict[str, Any]:
+    """Describe a packed tensor for config.json.
+
+    Optional arrays are named, so that one that got lost is noticed: without its permutation a
+    weight would still decode, to something else.
+    """
+    described: dict[str, Any] = {"shape": list(shape), "tile": list(tile), "formats": list(names)}
+    if sides := ["in"] * in_permutation + ["out"] * out_permutation:
+        described["permutations"] = sides
+    if outlier_format is not None:
+        described["outlier_format"] = outlier_format
+    return described
+
+
+def check_optional(name: str, described: Mapping[str, Any], stored: Iterable[str]) -> None:
+    """Check that the optional arrays among `stored` are those that the description names."""
+    expected = [f"{side}_permutation" for side in described.get("permutations", [])]
+    if "outlier_format" in described:
+        expected += OUTLIER_ARRAYS
+    found = {*_OPTIONAL}.intersection(stored)
+    if wrong := sorted(found.symmetric_difference(expected)):
+        state = "stored" if wrong[0] in expected else "absent"
+        raise ValueError(
+            f"{name}.{wrong[0]} must be {state}, as config.json describes {name}. "
+            "The file is damaged or its description is another's."
+        )
+
+
+def assemble(name: str, described: Any, arrays: Mapping[str, Tensor]) -> QuantizedTensor:
+    """Build a packed tensor from its description and arrays, after checking every byte count.
+
+    Raises ValueError naming the tensor and the fault for anything that does not fit together.
+    """
+    tensor = described_tensor(name, described)
+    check_optional(name, described, arrays)
+    for key, array in arrays.items():
+        if key not in ARRAYS:
+            raise ValueError(f"{name}.{key} must be one of {', '.join(ARRAYS)}.")
+        setattr(tensor, key, array)
+    validate(name, tensor)
+    return tensor
+
+
+def validate(name: str, tensor: QuantizedTensor) -> None:
+    """Check that the arrays of a tensor are exactly what its map and formats call for."""
+    tall, wide = grid_shape(tensor.shape, tensor.tile)
+    bits = map_bits(len(tensor.formats))
+    _expect(name, "tile_map", tensor.tile_map, bits * packed_bytes(tall * wide))
+    _expect(name, "tensor_scales", tensor.tensor_scales, 4 * len(tensor.formats))
+    tile_map = tensor.tile_formats()
+    if int(tile_map.max()) >= len(tensor.formats):
+        raise ValueError(
+            f"{name}.tile_map must hold indices below {len(tensor.formats)}, "
+            f"not {int(tile_map.max())}. The file is damaged."
+        )
+    sizes = dict.fromkeys(("codes", "scales", "zero_points", "grids"), 0)
+    parts = list(sections(tensor.shape, tensor.tile, tensor.formats, tile_map))
+    for part in parts:
+        for key, size in part.array_bytes().items():
+            sizes[key] += size
+    for key, size in sizes.items():
+        _expect(name, key, getattr(tensor, key), size)
+    for key in ("scales", "grids"):
+        _check_finite(name, key, getattr(tensor, key), parts)
+    scales = tensor.tensor_scales.clone().view(torch.float32)
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        raise ValueError(f"{name}.tensor_scales must be positive and finite. The file is damaged.")
+    _check_permutation(name, "in_permutation", tensor.in_permutation, tensor.shape[1])
+    _check_permutation(name, "out_permutation", tensor.out_permutation, tensor.shape[0])
+    _check_outliers(name, tensor)
+
+
+def described_tensor(name: str, described: Any) -> QuantizedTensor:
+    """Read a description from config.json, trusting nothing."""
+    try:
+        shape, tile = tuple(described["shape"]), tuple(described["tile"])
+        names = described["formats"]
+        outlier_format = described.get("outlier_format", "fp16")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"description of {name} must have shape, tile and formats, not {described!r}."
+        ) from error
+    for key, pair in (("shape", shape), ("tile", tile)):
+        whole = all(type(side) is int and 0 < side < _LARGEST_SIDE for side in pair)
+        if len(pair) != 2 or not whole:
+            raise ValueError(
+                f"{key} of {name} must be two whole numbers from 1 to {_LARGEST_SIDE - 1}, "
+                f"not {list(pair)!r}."
+            )
+    _check_extent(name, shape, tile)
+    listed = isinstance(names, list) and all(isinstance(each, str) for each in names)
+    if not listed or not 1 <= len(names) <= 256:
+        raise ValueError(f"formats of {name} must be 1 to 256 names, not {names!r}.")
+    if not isinstance(outlier_format, str) or outlier_format not in OUTLIER_DTYPES:
+        raise ValueError(
+            f"outlier_format of {name} must be one of {', '.join(OUTLIER_DTYPES)}, "
+            f"not {outlier_format!r}."
+        )
+    sides = described.get("permutations", ["in"])
+    if sides not in (["in"], ["out"], ["in", "out"]):
+        raise ValueError(
+            f"permutations of {name} must be in, out or both in this order, not {sides!r}."
+        )
+    try:
+        chosen = tuple(formats.get(each) for each in names)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return QuantizedTensor(shape, tile, chosen, outlier_format)
+
+
+def _check_extent(name: str, shape: tuple[int, int], tile: tuple[int, int]) -> None:
+    """Refuse a matrix whose map or decoded weight no machine could hold."""
+    tall, wide = grid_shape(shape, tile)
+    if shape[0] * shape[1] > _MOST_WEIGHTS or tall * wide > _MOST_TILES:
+        raise ValueError(
+            f"shape of {name} must have at most {_MOST_WEIGHTS} weights in {_MOST_TILES} tiles, "
+            f"not {shape[0]} x {shape[1]} in {tall * wide}. The file is damaged."
+        )
+
+
+def _expect(name: str, key: str, array: Tensor, size: int) -> None:
+    if array.dtype != torch.uint8 or array.dim() != 1 or array.numel() != size:
+        raise ValueError(
+            f"{name}.{key} must be {size} bytes (uint8), not {list(array.shape)} of "
+            f"{array.dtype}. The file is damaged or its description is another's."
+        )
+
+
+def _check_finite(name: str, key: str, array: Tensor, parts: list[Section]) -> None:
+    """Refuse scales or learned grids that hold infinity or NaN: they would spread silently."""
+    start = 0
+    for part in parts:
+        size = part.array_bytes().get(key, 0)
+        kind = part.format.scale_format if key == "scales" else part.format.learned_grid
+        if kind is not None:
+            values = array[start : start + size].clone().view(SCALE_DTYPES[kind])
+            if not bool(values.to(torch.float32).isfinite().all()):
+                raise ValueError(f"{name}.{key} must be finite. The file is damaged.")
+        start += size
+
+
+def _check_permutation(name: str, key: str, order: Tensor | None, length: int) -> None:
+    if order is None:
+        return
+    expected = torch.uint16 if length <= 1 << 16 else torch.int32
+    if order.dtype != expected or tuple(order.shape) != (length,):
+        raise ValueError(
+            f"{name}.{key} must be {length} indices of {expected}, not {list(order.shape)} of "
+            f"{order.dtype}. The file is damaged."
+        )
+    ordered = order.long().sort().values
+    if not torch.equal(ordered, torch.arange(length, device=order.device)):
+        raise ValueError(
+            f"{name}.{key} must hold every index from 0 to {length - 1} once, but some repeat or "
+            "lie outside. The file is damaged."
+        )
+
+
+def _check_outliers(name: str, tensor: QuantizedTensor) -> None:
+    parts = (tensor.outlier_values, tensor.outlier_columns, tensor.outlier_counts)
+    if all(part is None for part in parts):
+        return
+    if any(part is None for part in parts):
+        raise ValueError(
+            f"{name} must have all of {', '.join(OUTLIER_ARRAYS)} or none. The file is damaged."
+        )
+    values, columns, counts = (part for part in parts if part is not None)
+    rows, width = tensor.shape
+    narrow = torch.uint16 if width <= 1 << 16 else torch.int32
+    count_type = torch.uint16 if width + 1 <= 1 << 16 else torch.int32
+    fits = (
+        values.dtype == OUTLIER_DTYPES[tensor.outlier_format]
+        and columns.dtype == narrow
+        and counts.dtype == count_type
+        and tuple(counts.shape) == (rows,)
+        and int(counts.long().min()) >= 0
+        and values.dim() == columns.dim() == 1
+        and int(counts.long().sum()) == values.numel() == columns.numel()
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: outlier counts, columns and values must agree in number and type. "
+            "The file is damaged."
+        )
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name}.outlier_values must be finite. The file is damaged.")
+    index = tensor.outlier_positions()
+    keys = index[0] * width + index[1]
+    inside = bool(((index[1] >= 0) & (index[1] < width)).all())
+    if not inside or not bool((keys[1:] > keys[:-1]).all()):
+        raise ValueError(
+            f"{name}.outlier_columns must ascend within each row, below {width}. "
+            "The file is damaged."
+        )
