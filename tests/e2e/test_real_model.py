@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from bitmosaic import pipeline
 from bitmosaic.allocation import Budget
 from bitmosaic.evaluation import divergence, stdlib_windows
 from bitmosaic.evaluation.divergence import DivergenceResult
@@ -22,7 +22,6 @@ from bitmosaic.methods.layerwise import Layerwise
 from bitmosaic.methods.rtn import Rtn
 from bitmosaic.methods.sfmp import Sfmp
 from bitmosaic.model.source import Source
-from bitmosaic import pipeline
 from runs import load
 
 MODEL = Path(str(files("bitmosaic") / "data" / "stdlib-llama"))

@@ -11,7 +11,7 @@ import torch
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.rounding import encode_nearest
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tensor import ARRAYS, QuantizedTensor, pack
 from golden import independent_reader, make_sample
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def test_the_sample_holds_every_built_in_format_family_and_array(directory):
     }
     assert {fmt.bits for fmt in used} == {*range(9), 16}
     stored = {key.rsplit(".", 1)[1] for key in checkpoint.open_packed(directory).files}
-    assert stored - {"weight"} == set(checkpoint.ARRAYS) - {"grids"}
+    assert stored - {"weight"} == set(ARRAYS) - {"grids"}
 
 
 WORKED_WEIGHT = [

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmosaic import allocation, checkpoint, formats
 from bitmosaic.allocation import (
     Allocation,
     Budget,
@@ -16,6 +15,7 @@ from bitmosaic.allocation import (
     overhead_bytes,
     parse_size,
     solve,
+    solvers,
     two_level,
     uniform,
 )
@@ -87,7 +87,7 @@ def every_choice(tables):
 @pytest.fixture
 def _no_fill(monkeypatch):
     """Leave what remains of the budget after the last whole hull step."""
-    monkeypatch.setattr(allocation, "_fill", lambda *_: None)
+    monkeypatch.setattr(solvers, "_fill", lambda *_: None)
 
 
 class TestSolve:

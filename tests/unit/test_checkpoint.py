@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from bitmosaic import checkpoint
 from bitmosaic.checkpoint import Entry, header, open_packed, read_entries, read_tensors
+from bitmosaic.tensor import ARRAYS
 from strategies import packed_tensors, write_packed
 
 DTYPES = tuple(checkpoint.files._DTYPE_NAMES)
@@ -200,4 +201,4 @@ class TestPacked:
 
     def test_the_sample_uses_every_array_of_the_built_in_formats(self):
         used = {key for tensor in packed_tensors().values() for key in tensor.arrays()}
-        assert used == set(checkpoint.ARRAYS) - {"grids"}
+        assert used == set(ARRAYS) - {"grids"}

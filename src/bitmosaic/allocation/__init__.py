@@ -12,7 +12,7 @@ from bitmosaic.allocation.costs import (
     overhead_bytes,
 )
 from bitmosaic.allocation.plan import Allocation, LayerAllocation, uniform
-from bitmosaic.allocation.solve import solve, two_level
+from bitmosaic.allocation.solvers import solve, two_level
 
 __all__ = [
     "Allocation",
