@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitmosaic import checkpoint, formats
 from bitmosaic.allocation import (
     Allocation,
     Budget,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitmosaic.evaluation.perplexity import evaluating
+from bitmosaic.evaluation.perplexity import evaluating, vocabulary_size
 
 __all__ = ["Generation", "generate"]
 
@@ -51,7 +51,7 @@ def generate(
     if not start and tokenizer.bos_token_id is not None:
         start = [tokenizer.bos_token_id]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    _check_prompt(len(start), limit)
+    _check_prompt(start, limit, vocabulary_size(model))
     count = tokens if limit is None else min(tokens, limit - len(start) + 1)
     began = time.monotonic()
     with evaluating(model):
@@ -61,13 +61,18 @@ def generate(
     return Generation(prompt, text[len(before) :], len(found), time.monotonic() - began)
 
 
-def _check_prompt(length: int, limit: int | None) -> None:
-    if length == 0:
+def _check_prompt(start: list[int], limit: int | None, vocabulary: int) -> None:
+    if not start:
         raise ValueError("prompt must have at least 1 token, not 0. Write something.")
-    if limit is not None and length > limit:
+    if limit is not None and len(start) > limit:
         raise ValueError(
-            f"prompt must have at most the model's context of {limit} tokens, not {length}. "
+            f"prompt must have at most the model's context of {limit} tokens, not {len(start)}. "
             "Shorten it."
+        )
+    if max(start) >= vocabulary:
+        raise ValueError(
+            f"tokens of the prompt must be in the model's vocabulary [0, {vocabulary}), not "
+            f"{max(start)}. Use this model's own tokenizer."
         )
 
 
