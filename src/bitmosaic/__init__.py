@@ -17,22 +17,26 @@ import bitmosaic_autoload
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from bitmosaic.api import (
-        allocate,
-        calibrate,
-        evaluate,
-        generate,
-        inspect,
-        load,
-        quantize,
-    )
+    from bitmosaic.api.contents import inspect
+    from bitmosaic.api.measure import evaluate, generate, load
+    from bitmosaic.api.stages import allocate, calibrate, quantize
 
 __all__ = ["allocate", "calibrate", "evaluate", "generate", "inspect", "load", "quantize"]
 
+_HOMES = {
+    "allocate": "bitmosaic.api.stages",
+    "calibrate": "bitmosaic.api.stages",
+    "evaluate": "bitmosaic.api.measure",
+    "generate": "bitmosaic.api.measure",
+    "inspect": "bitmosaic.api.contents",
+    "load": "bitmosaic.api.measure",
+    "quantize": "bitmosaic.api.stages",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("bitmosaic.api"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bitmosaic' has no attribute {name!r}")
 
 

@@ -1,23 +1,35 @@
-"""The embedded model, trained on real text: the promises about quality, in seconds.
+"""The embedded model, trained on real text: the promises about quality.
 
-Figures were measured with CPython 3.11.7 on the first 8 held-out windows of 256 tokens, calibrated
-on 8 windows of training text: original 22.3, see each test.  Another Python has other modules, so
-limits leave room; where two models are compared, both see the same text.
+Measured with CPython 3.11.7 on the first 8 held-out windows of 256 tokens, calibrated on the first
+8 of the training text: perplexity 38.64 before, 39.87 after SFMP at 3.0 bits_per_weight (KL
+0.042), 40.41 after RTN at 3.2 (KL 0.053).  Another Python has other modules, so the distance to the
+original leaves room; methods are compared with each other on the same text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedModel
+import torch
+from transformers import AutoTokenizer
 
+from architectures import tokens
 from bitmosaic import pipeline
 from bitmosaic.allocation import Budget
-from bitmosaic.evaluation import divergence, stdlib_windows
-from bitmosaic.evaluation.divergence import DivergenceResult
+from bitmosaic.evaluation import (
+    DivergenceResult,
+    divergence,
+    stdlib_documents,
+    stdlib_windows,
+    token_windows,
+)
 from bitmosaic.methods import Method
+from bitmosaic.methods.gptq import Gptq
 from bitmosaic.methods.layerwise import Layerwise
 from bitmosaic.methods.rtn import Rtn
 from bitmosaic.methods.sfmp import Sfmp
@@ -28,57 +40,83 @@ MODEL = Path(str(files("bitmosaic") / "data" / "stdlib-llama"))
 
 
 class Bench:
-    """Quantizes the embedded model and measures it against the original."""
+    """Quantizes the embedded model and compares it with the original."""
 
     def __init__(self, directory: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self.directory = directory
         self.source = Source(MODEL)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        training = stdlib_windows(tokenizer, "train", 256, limit=8)
+        self.original = load(MODEL)
+        self.calibration = token_windows(
+            tokenizer, stdlib_documents("train")[:8], 256, limit=8, bos_each=True
+        )
         self.heldout = stdlib_windows(tokenizer, "heldout", 256, limit=8)
-        self.statistics = pipeline.calibrate(self.source, training, directory / "statistics")
-        self.training = training
-        self.original: PreTrainedModel = load(MODEL)
-        self.measured: dict[tuple[Method, float], DivergenceResult] = {}
+        self.statistics = directory / "statistics"
+        pipeline.calibrate(self.source, self.calibration, self.statistics)
+        self.measure = cache(self._measure)
 
-    def measure(self, method: Method, bits: float) -> DivergenceResult:
-        key = (method, bits)
-        if key not in self.measured:
-            output = self.directory / f"out-{len(self.measured)}"
-            pipeline.quantize(
-                self.source,
-                method,
-                Budget(bits=bits),
-                output,
-                tokens=self.training if method.block_statistics else None,
-                statistics_directory=self.statistics.directory if method.statistics else None,
-            )
-            self.measured[key] = divergence(load(output), self.original, self.heldout)
-            r = self.measured[key]
-            print(
-                method.name,
-                bits,
-                r.kl_mean,
-                r.model.perplexity,
-                r.reference.perplexity,
-                r.top1_agreement,
-            )
-        return self.measured[key]
+    def _measure(self, method: Method, bits: float) -> DivergenceResult:
+        output = self.directory / f"{len(list(self.directory.iterdir()))}"
+        pipeline.quantize(
+            self.source,
+            method,
+            Budget(bits=bits),
+            output,
+            tokens=self.calibration if method.block_statistics else None,
+            statistics_directory=self.statistics if method.statistics else None,
+        )
+        return divergence(load(output), self.original, self.heldout)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Bench(tmp_path_factory.mktemp("bench"))
+    torch.set_num_threads(threads)
 
 
-def test_all(bench):
-    for b in (2.5, 2.75, 3.0):
-        bench.measure(Sfmp(), b)
-        bench.measure(Layerwise(), b)
-        bench.measure(Sfmp(base="gptq"), b)
-        bench.measure(Layerwise(base="gptq"), b)
-    for b in (3.0, 3.16, 3.2, 3.5):
-        bench.measure(Rtn(), b)
-    from bitmosaic.methods.gptq import Gptq
+def test_three_bits_stay_close_to_the_original(bench: Bench) -> None:
+    """Measured: perplexity 3.2 % up, KL 0.042; the limits are about twice that."""
+    found = bench.measure(Sfmp(), 3.0)
+    assert found.model.perplexity < 1.06 * found.reference.perplexity
+    assert found.kl_mean < 0.08
+    assert found.top1_agreement > 0.8
 
-    bench.measure(Gptq(), 3.2)
+
+def test_sfmp_at_three_bits_beats_rtn_at_more(bench: Bench) -> None:
+    """RTN at 3.2 is int3-g128, 3.16 bits_per_weight: a mix of formats in fewer bytes is better."""
+    ours, plain = bench.measure(Sfmp(), 3.0), bench.measure(Rtn(), 3.2)
+    assert ours.model.perplexity < plain.model.perplexity
+    assert ours.kl_mean < plain.kl_mean
+
+
+def test_mixing_inside_matrices_beats_mixing_by_matrix(bench: Bench) -> None:
+    """Measured KL at 2.75: 0.064 against 0.089."""
+    ours, field = bench.measure(Sfmp(), 2.75), bench.measure(Layerwise(), 2.75)
+    assert ours.kl_mean <= field.kl_mean
+
+
+def test_compensation_helps(bench: Bench) -> None:
+    """Measured KL: 0.024 against 0.053 for one format, 0.037 against 0.064 for the mix at 2.75."""
+    assert bench.measure(Gptq(), 3.2).kl_mean < 0.7 * bench.measure(Rtn(), 3.2).kl_mean
+    mixed = bench.measure(Sfmp(base="gptq"), 2.75)
+    assert mixed.kl_mean < 0.8 * bench.measure(Sfmp(), 2.75).kl_mean
+
+
+def test_more_bits_are_better(bench: Bench) -> None:
+    found = [bench.measure(Sfmp(), bits) for bits in (2.3, 2.75, 3.0, 3.9)]
+    for smaller, larger in pairwise(found):
+        assert larger.kl_mean < smaller.kl_mean
+        assert larger.model.perplexity < smaller.model.perplexity
+
+
+def test_the_smallest_good_model_still_speaks(bench: Bench, tmp_path: Path) -> None:
+    pipeline.quantize(
+        bench.source, Sfmp(), Budget(share=0.25), tmp_path / "out",
+        statistics_directory=bench.statistics,
+    )
+    prompt = tokens(1, 4)
+    written = load(tmp_path / "out").generate(prompt, max_new_tokens=12, do_sample=False)
+    assert written.shape == (1, 16)
+    assert torch.equal(written[:, :4], prompt)

@@ -68,11 +68,8 @@ def test_python_m_bitmosaic_and_help_need_no_torch() -> None:
 
 
 def test_public_names_are_looked_up() -> None:
-    from bitmosaic import api
-
-    assert bitmosaic.__all__ == api.__all__
     for name in bitmosaic.__all__:
-        assert getattr(bitmosaic, name) is getattr(api, name)
+        assert getattr(bitmosaic, name).__name__ == name
         assert name in dir(bitmosaic)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = bitmosaic.nothing  # type: ignore[attr-defined]

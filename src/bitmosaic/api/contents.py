@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor
 from bitmosaic import checkpoint, formats
 from bitmosaic.checkpoint import Entry, PackedCheckpoint
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.pipeline.common import read_json
 from bitmosaic.tensor import ARRAYS, QuantizedTensor, map_bits
 from bitmosaic.tiling import grid_shape, tile_sizes
 
@@ -38,8 +38,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     total = sum(file.stat().st_size for file in files)
     kinds["headers"] = total - sum(kinds.values())
     blocks = [matrix for matrix in matrices if matrix["in_block"]]
-    recipe = packed.directory / "recipe.json"
-    facts = read_json(recipe) if recipe.is_file() else {}
+    facts = _recipe(packed.directory / "recipe.json")
     weights = sum(matrix["weights"] for matrix in blocks)
     return {
         "directory": str(directory),
@@ -52,6 +51,16 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "recipe": {key: facts[key] for key in RECIPE_KEYS if key in facts},
         "matrices": matrices,
     }
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be readable JSON, but {error}. Remove it.") from error
+    return facts if isinstance(facts, dict) else {}
 
 
 def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bitmosaic import api, checkpoint, evaluation
+from bitmosaic import checkpoint, evaluation
+from bitmosaic.api import stages
 from bitmosaic.cli.progress import Reporter
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.evaluation.generation import Generation, generate
@@ -111,7 +112,7 @@ def run(output: Path, reporter: Reporter) -> Outcome:
     _clear(output)
     began = time.monotonic()
     text = _calibration(original, reporter)
-    api.calibrate(original, output / "statistics", calibration=text, track=reporter.track)
+    stages.calibrate(original, output / "statistics", calibration=text, track=reporter.track)
     calibration_seconds = time.monotonic() - began
     judge = _Judge(original)
     rows = [_original_row(original, judge, reporter)]
@@ -165,7 +166,7 @@ def _row(
     method, parameters = VARIANTS[name]
     directory = output / "models" / f"{name.replace(', ', '-')}-{bits:g}"
     began = time.monotonic()
-    facts = api.quantize(
+    facts = stages.quantize(
         original,
         directory,
         bits=bits,

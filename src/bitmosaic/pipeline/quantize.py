@@ -10,44 +10,30 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bitmosaic
-from bitmosaic import checkpoint, statistics
-from bitmosaic.allocation import Allocation, Budget, LayerAllocation
+from bitmosaic import checkpoint
+from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
-from bitmosaic.methods.base import LayerStatistics
-from bitmosaic.model.experts import linears
-from bitmosaic.model.residual import permute_residual_rest
 from bitmosaic.model.source import Source
-from bitmosaic.model.structure import (
-    Structure,
-    permute_residual_block,
-    permute_tie,
-    scale_group,
-)
-from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.allocate import allocate, check_budget
 from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
 from bitmosaic.pipeline.common import (
     Track,
-    block_file,
-    blocks,
     claim,
     quiet,
     read_json,
-    structures,
     tokens_digest,
-    warn_unreached,
 )
-from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble, pack_rest
-from bitmosaic.tensor import QuantizedTensor
+from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
+from bitmosaic.pipeline.pack import Packer
 
 RUN = "run.json"
 
@@ -117,7 +103,7 @@ def quantize(
             options,
             track,
         )
-    packer = _Packer(source, method, allocation, work, tokens, options)
+    packer = Packer(plan, method, allocation, work, tokens, options.memory_cap)
     packer.run(track)
     facts = _facts(source, method, budget, allocation, tokens, options)
     finished = work / "finished"
@@ -275,230 +261,6 @@ def _allocation(
     )
     allocation.save(path)
     return allocation
-
-
-class _Packer:
-    """Quantizes block after block into files of the work directory."""
-
-    def __init__(
-        self,
-        source: Source,
-        method: Method,
-        allocation: Allocation,
-        work: Path,
-        tokens: Tensor | None,
-        options: QuantizeOptions,
-    ) -> None:
-        self.source, self.method, self.allocation = source, method, allocation
-        self.work, self.options = work, options
-        self.tokens = tokens
-        self.structures = structures(source)
-        self.plan = OutputPlan(source, options.embedding, options.head, options.shard_bytes)
-
-    def run(self, track: Track) -> None:
-        """Pack all blocks and the rest; what is on disk already is not packed again."""
-        self._pack_rest()
-        sweep = self._sweep() if self.method.block_statistics else None
-        for index in blocks(self.source, track, "quantize"):
-            path = block_file(self.work, index)
-            if path.is_file():
-                if sweep is not None and self._later_work(index):
-                    self._forward_packed(sweep, index, path)
-                continue
-            self._pack_block(index, sweep, path)
-        if sweep is not None:
-            sweep.close()
-
-    def index(self) -> dict[str, Path]:
-        """Which file of the work directory holds each tensor."""
-        files = [self.work / "rest.safetensors"]
-        files += [block_file(self.work, i) for i in range(len(self.source.block_names))]
-        return {name: file for file in files for name in checkpoint.read_entries(file)}
-
-    def _later_work(self, index: int) -> bool:
-        return any(
-            not block_file(self.work, later).is_file()
-            for later in range(index + 1, len(self.source.block_names))
-        )
-
-    def _sweep(self) -> Sweep:
-        assert self.tokens is not None
-        sweep = Sweep(
-            self.source, self.tokens, memory_cap=self.options.memory_cap, directory=self.work
-        )
-        sweep.embed()
-        if self.allocation.residual is not None:
-            states = sweep.inputs(0).stacked()[..., self.allocation.residual]
-            sweep.restore_inputs(0, states.contiguous())
-        return sweep
-
-    def _pack_rest(self) -> None:
-        path = self.work / "rest.safetensors"
-        if path.is_file():
-            return
-        tensors = self.source.rest_tensors()
-        if self.allocation.residual is not None:
-            rest = self.source.load_rest(None)
-            permute_residual_rest(rest, self.allocation.residual)
-            moved = rest.state_dict()
-            tensors = ((name, moved[name]) for name, _ in self.source.rest_tensors())
-        packed, plain = pack_rest(self.plan, tensors)
-        for name, tensor in packed.items():
-            plain |= {f"{name}.{key}": array for key, array in tensor.arrays().items()}
-        checkpoint.write_tensors(path, plain)
-
-    def _pack_block(self, index: int, sweep: Sweep | None, path: Path) -> None:
-        block = self.source.load_block(index, None)
-        dtypes = {name: tensor.dtype for name, tensor in block.state_dict().items()}
-        block.to(torch.float32)
-        prefix = self.source.block_names[index]
-        layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
-        found = self._fold(index, block, prefix, layers)
-        measured: dict[str, LayerStatistics] = {}
-        if sweep is not None:
-            assert found is not None
-            measured = _measure(self.method, sweep, index, block, found)
-            _scale(self.method, block, found, layers, measured)
-        arrays: dict[str, Tensor] = {}
-        matrices = linears(block)
-        for name, linear in matrices.items():
-            tensor = self.method.quantize(
-                f"{prefix}.{name}",
-                linear.weight.detach(),
-                layers[name],
-                measured.get(name, LayerStatistics()),
-            )
-            _check_size(f"{prefix}.{name}", tensor, layers[name])
-            arrays |= {f"{prefix}.{name}.{key}": part for key, part in tensor.arrays().items()}
-            if sweep is not None:
-                linear.weight.data.copy_(tensor.dequantize())
-        packed = {f"{name}.weight" for name in matrices}
-        for name, tensor in block.state_dict().items():
-            if name not in packed:
-                stored = tensor.to(dtypes[name])
-                tensor.copy_(stored)  # the next block must see what a reader will see
-                arrays[f"{prefix}.{name}"] = stored
-        checkpoint.write_tensors(path, arrays)
-        if sweep is not None and index + 1 < len(self.source.block_names):
-            sweep.forward(index, block, keep_inputs=False)
-
-    def _fold(
-        self, index: int, block: nn.Module, prefix: str, layers: dict[str, LayerAllocation]
-    ) -> Structure | None:
-        """Apply the orders that the allocation folds into the block."""
-        ties = {
-            name.removeprefix(f"{prefix}."): order
-            for name, order in self.allocation.ties.items()
-            if name.startswith(f"{prefix}.")
-        }
-        if not ties and self.allocation.residual is None and not self.method.block_statistics:
-            return None
-        found = self.structures.of(index, block)
-        if self.allocation.residual is not None:
-            permute_residual_block(block, found, self.allocation.residual)
-        for tie in found.ties:
-            if tie.consumer in ties:
-                permute_tie(block, tie, ties[tie.consumer])
-        return found
-
-    def _forward_packed(self, sweep: Sweep, index: int, path: Path) -> None:
-        """Run a block that an earlier, interrupted run has packed."""
-        block = self.source.load_block(index)
-        prefix = self.source.block_names[index]
-        tensors, _ = checkpoint.read_tensors(path)
-        for name, linear in linears(block).items():
-            full = f"{prefix}.{name}"
-            arrays = {
-                key.removeprefix(f"{full}."): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(f"{full}.") and key != f"{full}.bias"
-            }
-            layer = self.allocation.layers[full]
-            described = checkpoint.description(
-                layer.shape,
-                layer.tile,
-                layer.formats,
-                in_permutation=layer.in_permutation is not None,
-                out_permutation=layer.out_permutation is not None,
-            )
-            tensor = checkpoint.assemble(full, described, arrays)
-            linear.weight.data.copy_(tensor.dequantize())
-        for name, tensor in block.state_dict().items():
-            if f"{prefix}.{name}" in tensors:
-                tensor.copy_(tensors[f"{prefix}.{name}"])
-        sweep.forward(index, block, keep_inputs=False)
-
-
-def _measure(
-    method: Method, sweep: Sweep, index: int, block: nn.Module, found: Structure
-) -> dict[str, LayerStatistics]:
-    """Measure the statistics of a block's inputs, once for all consumers of an input."""
-    sums: dict[str, dict[str, Any]] = {}
-    observe: dict[str, Callable[[int, Tensor], None]] = {}
-    matrices = linears(block)
-    reached: set[str] = set()
-    for group in found.inputs:
-        first = group.linears[0]
-        shape = tuple(matrices[first].weight.shape)
-        sums[first] = {name: statistics.get(name)(shape) for name in method.block_statistics}
-
-        def update(
-            _: int, inputs: Tensor, name: str = first, parts: dict[str, Any] = sums[first]
-        ) -> None:
-            reached.add(name)
-            for part in parts.values():
-                part.update(inputs)
-
-        observe[first] = update
-    sweep.forward(index, block, observe=observe)
-    warn_unreached(sweep.source.block_names[index], sums.keys() - reached)
-    measured: dict[str, LayerStatistics] = {}
-    for group in found.inputs:
-        parts = sums.pop(group.linears[0])
-        one = LayerStatistics(
-            parts["hessian"].value() if "hessian" in parts else None,
-            parts["activation"].value().mean_abs if "activation" in parts else None,
-        )
-        measured |= dict.fromkeys(group.linears, one)
-    return measured
-
-
-def _scale(
-    method: Method,
-    block: nn.Module,
-    found: Structure,
-    layers: dict[str, LayerAllocation],
-    measured: dict[str, LayerStatistics],
-) -> None:
-    """Let the method scale each input's channels; fold the scale and adapt the statistics."""
-    matrices = linears(block)
-    for group in found.inputs:
-        if not group.scale_producers:
-            continue
-        statistic = measured[group.linears[0]]
-        scale = method.scale(
-            [matrices[name].weight.detach() for name in group.linears],
-            [layers[name] for name in group.linears],
-            statistic,
-        )
-        if scale is None:
-            continue
-        scale_group(block, group, scale)
-        measured |= dict.fromkeys(group.linears, _rescaled(statistic, scale))
-
-
-def _rescaled(statistic: LayerStatistics, scale: Tensor) -> LayerStatistics:
-    hessian, magnitude = statistic.hessian, statistic.mean_magnitude
-    return LayerStatistics(
-        None if hessian is None else hessian / scale / scale[:, None],
-        None if magnitude is None else magnitude / scale,
-    )
-
-
-def _check_size(name: str, tensor: QuantizedTensor, layer: LayerAllocation) -> None:
-    assert tensor.nbytes == layer.nbytes, (
-        f"{name} takes {tensor.nbytes} bytes, but its plan says {layer.nbytes}"
-    )
 
 
 def _facts(
