@@ -59,6 +59,7 @@ class UniformMethod(Method):
     def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
         """Take the best format whose bytes over the whole model fit."""
         tables = [table for part in scores for table in part.tables]
+        weights = sum(table.shape[0] * table.shape[1] for table in tables)
         sizes: list[int] = []
         for index, _ in reversed(list(enumerate(tables[0].formats))):
             plans = {
@@ -66,9 +67,14 @@ class UniformMethod(Method):
                 for table in tables
             }
             sizes.append(sum(plan.nbytes for plan in plans.values()))
+            if not self.format and budget * 0.998 > sizes[0]:
+                raise BudgetError(
+                    f"budget must be at most {sizes[0]:,} bytes for the quantized weights "
+                    f"({8 * sizes[0] / weights:.3f} bits_per_weight, {tables[0].formats[-1]}), not "
+                    f"{budget:,} ({8 * budget / weights:.3f}). Name a wider format, or spend less."
+                )
             if sizes[-1] <= budget:
                 return plans
-        weights = sum(table.shape[0] * table.shape[1] for table in tables)
         raise BudgetError(
             f"budget must be at least {min(sizes):,} bytes for the quantized weights "
             f"({8 * min(sizes) / weights:.3f} bits_per_weight) with {self.format or 'int1'}, "
