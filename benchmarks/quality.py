@@ -41,11 +41,10 @@ BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rtn": {"default": {}},
     "gptq": {"default": {}},
-    "layerwise": {"default": {}, "gptq": {"base": "gptq"}},
+    "layerwise": {"default": {}, "nearest": {"base": "nearest"}},
     "sfmp": {
         "default": {},
-        "gptq": {"base": "gptq"},
-        "awq": {"base": "awq"},
+        "nearest": {"base": "nearest"},
         "paper": {
             "score_by": "fisher",
             "solver": "two_level",
@@ -53,12 +52,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "tile_out": 512,
             "base": "awq",
         },
-        "fisher": {"score_by": "fisher"},
-        "per_matrix": {"reorder": "per_matrix"},
-        "folded": {"reorder": "folded"},
-        "shared": {"reorder": "shared"},
-        "unsorted": {"reorder": "none"},
-        "tile512": {"tile_out": 512},
+        "awq": {"base": "awq"},
+        "gptq_in_order": {"act_order": False},
+        "nearest_fisher": {"base": "nearest", "score_by": "fisher"},
+        "nearest_two_level": {"base": "nearest", "solver": "two_level"},
+        "nearest_per_matrix": {"base": "nearest", "reorder": "per_matrix"},
+        "nearest_shared": {"base": "nearest", "reorder": "shared"},
+        "nearest_unsorted": {"base": "nearest", "reorder": "none"},
+        "nearest_tile512": {"base": "nearest", "tile_out": 512},
+        "nearest_tile32": {"base": "nearest", "tile_out": 32},
     },
 }
 """Methods and their modes; `default` is what a user gets, the others are ablations."""
@@ -120,7 +122,7 @@ CASES = (
         "stdlib-llama",
         ROOT / "src/bitmosaic/data/stdlib-llama",
         lambda tokenizer: pick(stdlib_windows(tokenizer, "train", 256), 48),
-        lambda tokenizer: stdlib_windows(tokenizer, "heldout", 256, limit=160),
+        lambda tokenizer: stdlib_windows(tokenizer, "heldout", 256),
     ),
     Case(
         "stories260k",
@@ -218,19 +220,25 @@ def measure(
 
 
 def checks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
-    """What is asked: SFMP at or below layerwise on the embedded model, by a margin at 2.5-3.0."""
+    """What is asked: SFMP at or below layerwise on the embedded model, by a margin at 2.5 to 3.0.
+
+    The margin is a tenth of what layerwise loses against the original.
+    """
     table = {
-        (row["method"], row["bits_asked"]): row["perplexity"]
+        (row["mode"], row["method"], row["bits_asked"]): row
         for row in rows
-        if row["model"] == "stdlib-llama" and row["mode"] == "default"
+        if row["model"] == "stdlib-llama"
     }
     found = []
-    for (method, bits), ours in sorted(table.items()):
-        if method == "sfmp" and ("layerwise", bits) in table:
-            margin = 0.01 if 2.5 <= bits <= 3.0 else 0.0
-            limit = table["layerwise", bits] * (1 - margin)
-            name = f"sfmp perplexity at {bits:g} bits, at most layerwise less {margin:.0%}"
-            found.append((name, ours, limit, ours <= limit))
+    for (mode, method, bits), row in sorted(table.items()):
+        other = table.get((mode, "layerwise", bits))
+        if method != "sfmp" or other is None:
+            continue
+        margin = 0.1 if 2.5 <= bits <= 3.0 else 0.0
+        lost = other["perplexity"] - other["perplexity_original"]
+        limit = other["perplexity"] - margin * lost
+        name = f"sfmp perplexity, {mode}, {bits:g} bits, layerwise less {margin:.0%} of its loss"
+        found.append((name, row["perplexity"], limit, row["perplexity"] <= limit))
     return found
 
 
@@ -239,7 +247,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[case.name for case in CASES])
     parser.add_argument("--methods", default="rtn,gptq,layerwise,sfmp")
-    parser.add_argument("--modes", default="default,gptq", help="modes of each method; all = all")
+    parser.add_argument(
+        "--modes", default="default,nearest", help="modes of each method; all = all"
+    )
     parser.add_argument("--bits", default=",".join(f"{bits:g}" for bits in BITS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ FORMATS = "int2-g16,int3-g16,int4-g16"
 BITS = "4.5"
 SMALL = ("--samples", "4", "--seqlen", "60")
 # Small tiles, so that every matrix has several; they do not divide the mlp's 44 rows.
-TILE = ("--set", "tile_out=8", "--set", "tile_in=16")
+TILE = ("--set", "tile_out=8", "--set", "tile_in=16", "--base", "nearest")
 
 
 def run(*arguments: object) -> Result:

@@ -25,8 +25,8 @@ from runs import Case, case, content, load, logits
 
 _FINE = ("int2-g32", "int3-g32", "int4-g32")
 CHOICES: dict[str, dict[str, Any]] = {
-    "sfmp": {"formats": _FINE, "tile_out": 32, "tile_in": 32},
-    "layerwise": {"formats": _FINE},
+    "sfmp": {"base": "nearest", "formats": _FINE, "tile_out": 32, "tile_in": 32},
+    "layerwise": {"base": "nearest", "formats": _FINE},
 }
 """What suits a tiny model; a method that is not here is run as it comes."""
 METHODS = pytest.mark.parametrize("name", methods.names())

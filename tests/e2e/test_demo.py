@@ -23,7 +23,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "TOKENS", 4)
     monkeypatch.setattr(demo, "BUDGETS", (3.0,))
     monkeypatch.setattr(
-        demo, "VARIANTS", {name: demo.VARIANTS[name] for name in ("rtn", "layerwise", "sfmp")}
+        demo,
+        "VARIANTS",
+        {name: demo.VARIANTS[name] for name in ("rtn", "layerwise, nearest", "sfmp, nearest")},
     )
 
 
@@ -33,7 +35,12 @@ def test_demo(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["demo", "--output", str(output), "--threads", "1"])
     assert shown.exit_code == 0, (shown.stderr, shown.exception)
     rows = json.loads((output / "results.json").read_text())
-    assert [row["method"] for row in rows] == ["original", "rtn", "layerwise", "sfmp"]
+    assert [row["method"] for row in rows] == [
+        "original",
+        "rtn",
+        "layerwise, nearest",
+        "sfmp, nearest",
+    ]
     original, *quantized = rows
     assert (original["kl"], original["bits_asked"]) == (0.0, None)
     for row in quantized:
@@ -46,8 +53,12 @@ def test_demo(tmp_path: Path) -> None:
         assert f"{row['perplexity']:.2f}" in shown.stdout
     # Budgets that are met to a thousandth, and more freedom in spending them is worth something.
     by_method = {row["method"]: row for row in quantized}
-    assert by_method["sfmp"]["bits_per_weight"] > 0.998 * 3.0
-    assert by_method["sfmp"]["kl"] < by_method["layerwise"]["kl"] < by_method["rtn"]["kl"]
+    assert by_method["sfmp, nearest"]["bits_per_weight"] > 0.998 * 3.0
+    assert (
+        by_method["sfmp, nearest"]["kl"]
+        < by_method["layerwise, nearest"]["kl"]
+        < by_method["rtn"]["kl"]
+    )
     assert "def read_file(path):" in shown.stdout
     assert shown.stdout.rstrip() == shown.stdout.rstrip().replace("<s>", "")
 

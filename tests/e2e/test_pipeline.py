@@ -55,7 +55,7 @@ def test_lossless_formats_give_the_original_model(original: Original, reorder: s
     from the exact one by a draw of rounding errors each; the original's largest is `noise`, and the
     largest of another draw of as many is hardly twice as large: together, less than 4 x noise.
     """
-    method = Sfmp(formats=("bf16",), tile_out=12, tile_in=20, reorder=reorder)
+    method = Sfmp(formats=("bf16",), base="nearest", tile_out=12, tile_in=20, reorder=reorder)
     budget = original.case.widest(method)
     output, _ = original.case.quantize(method, budget, reorder, options=KEPT)
     again = logits(load(output), PROMPT)
@@ -125,7 +125,7 @@ FINE = ("int2-g32", "int3-g32", "int4-g32")
 
 
 def fine(**choices: object) -> Sfmp:
-    return Sfmp(formats=FINE, tile_out=32, tile_in=32, **choices)  # type: ignore[arg-type]
+    return Sfmp(**{"base": "nearest", "formats": FINE, "tile_out": 32, "tile_in": 32, **choices})  # type: ignore[arg-type]
 
 
 def tensor_bytes(directory: Path) -> int:
@@ -285,11 +285,11 @@ def test_no_warning_where_every_expert_has_tokens(
 
 
 def test_what_a_method_needs_must_be_given(wide: Case, tmp_path: Path) -> None:
-    for method in (Sfmp(), methods.get("gptq")()):
+    for method in (Sfmp(base="nearest"), methods.get("gptq")()):
         with pytest.raises(ValueError, match="must have calibration text"):
             pipeline.quantize(wide.source, method, Budget(bits=3), tmp_path / "out")
     with pytest.raises(ValueError, match="either a budget or an allocation"):
-        pipeline.quantize(wide.source, Sfmp(), None, tmp_path / "out")
+        pipeline.quantize(wide.source, Sfmp(base="nearest"), None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -78,7 +78,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 def test_three_bits_stay_close_to_the_original(bench: Bench) -> None:
     """Measured: perplexity 3.2 % up, KL 0.042; the limits are about twice that."""
-    found = bench.measure(Sfmp(), 3.0)
+    found = bench.measure(Sfmp(base="nearest"), 3.0)
     assert found.model.perplexity < 1.06 * found.reference.perplexity
     assert found.kl_mean < 0.08
     assert found.top1_agreement > 0.8
@@ -86,14 +86,17 @@ def test_three_bits_stay_close_to_the_original(bench: Bench) -> None:
 
 def test_sfmp_at_three_bits_beats_rtn_at_more(bench: Bench) -> None:
     """RTN at 3.2 is int3-g128, 3.16 bits_per_weight: a mix of formats in fewer bytes is better."""
-    ours, plain = bench.measure(Sfmp(), 3.0), bench.measure(Rtn(), 3.2)
+    ours, plain = bench.measure(Sfmp(base="nearest"), 3.0), bench.measure(Rtn(), 3.2)
     assert ours.model.perplexity < plain.model.perplexity
     assert ours.kl_mean < plain.kl_mean
 
 
 def test_mixing_inside_matrices_beats_mixing_by_matrix(bench: Bench) -> None:
     """Measured KL at 2.75: 0.064 against 0.089."""
-    ours, field = bench.measure(Sfmp(), 2.75), bench.measure(Layerwise(), 2.75)
+    ours, field = (
+        bench.measure(Sfmp(base="nearest"), 2.75),
+        bench.measure(Layerwise(base="nearest"), 2.75),
+    )
     assert ours.kl_mean <= field.kl_mean
 
 
@@ -101,11 +104,11 @@ def test_compensation_helps(bench: Bench) -> None:
     """Measured KL: 0.024 against 0.053 for one format, 0.037 against 0.064 for the mix at 2.75."""
     assert bench.measure(Gptq(), 3.2).kl_mean < 0.7 * bench.measure(Rtn(), 3.2).kl_mean
     mixed = bench.measure(Sfmp(base="gptq"), 2.75)
-    assert mixed.kl_mean < 0.8 * bench.measure(Sfmp(), 2.75).kl_mean
+    assert mixed.kl_mean < 0.8 * bench.measure(Sfmp(base="nearest"), 2.75).kl_mean
 
 
 def test_more_bits_are_better(bench: Bench) -> None:
-    found = [bench.measure(Sfmp(), bits) for bits in (2.3, 2.75, 3.0, 3.9)]
+    found = [bench.measure(Sfmp(base="nearest"), bits) for bits in (2.3, 2.75, 3.0, 3.9)]
     for smaller, larger in pairwise(found):
         assert larger.kl_mean < smaller.kl_mean
         assert larger.model.perplexity < smaller.model.perplexity
@@ -113,7 +116,10 @@ def test_more_bits_are_better(bench: Bench) -> None:
 
 def test_the_smallest_good_model_still_speaks(bench: Bench, tmp_path: Path) -> None:
     pipeline.quantize(
-        bench.source, Sfmp(), Budget(share=0.25), tmp_path / "out",
+        bench.source,
+        Sfmp(base="nearest"),
+        Budget(share=0.25),
+        tmp_path / "out",
         statistics_directory=bench.statistics,
     )
     prompt = tokens(1, 4)

@@ -313,7 +313,11 @@ def test_another_run_is_refused(
     before = content(tmp_path)
     request: dict[str, Any] = {
         "method": Sfmp(
-            formats=("int2-g16", "int3-g16", "int4-g16"), tile_out=16, tile_in=16, damping=0.02
+            formats=("int2-g16", "int3-g16", "int4-g16"),
+            base="nearest",
+            tile_out=16,
+            tile_in=16,
+            damping=0.02,
         ),
         "budget": Budget(bits=4.2),
         "tokens": tokens(3, 12),

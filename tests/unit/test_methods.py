@@ -59,7 +59,7 @@ def quantize(
 
 
 def sfmp(**choices: Any) -> Sfmp:
-    return Sfmp(**{"formats": NAMES, "tile_out": 16, "tile_in": 16, **choices})
+    return Sfmp(**{"base": "nearest", "formats": NAMES, "tile_out": 16, "tile_in": 16, **choices})
 
 
 # SFMP
@@ -305,7 +305,7 @@ def test_two_copies_of_gate_and_up_in_one_matrix_follow_one_order() -> None:
 def test_tiles_larger_than_every_matrix_make_sfmp_layerwise() -> None:
     block = random_block({"a": (48, 64), "b": (32, 64), "c": (64, 32)})
     large = sfmp(tile_out=512, tile_in=512, reorder="none")
-    alike = Layerwise(formats=NAMES)
+    alike = Layerwise(formats=NAMES, base="nearest")
     for share in (0.2, 0.5, 0.8):
         ours, theirs = plan(large, block, share), plan(alike, block, share)
         for name, layer in theirs.items():
@@ -384,7 +384,7 @@ def test_rtn_takes_the_best_format_that_fits() -> None:
     block = shaped({"a": (256, 512), "b": (512, 256)})
     scores = Rtn().score(block)
     weights = 2 * 256 * 512
-    for bits in (1.06, 2.0, 2.3, 3.3, 4.2, 5.1, 8.2, 8.5, 20.0):
+    for bits in (1.06, 2.0, 2.3, 3.3, 4.2, 5.1, 8.2, 8.5, 8.76):
         budget = int(bits * weights / 8)
         layers = Rtn().allocate([scores], budget)
         chosen = layers["a"].formats[0]
@@ -402,6 +402,12 @@ def test_rtn_ladder_climbs_by_bits_then_by_smaller_groups() -> None:
     keys = [(formats.get(name).bits, -(formats.get(name).group or 10**6)) for name in LADDER]
     assert keys == sorted(keys)
     assert len(set(LADDER)) == len(LADDER) == 32
+
+
+def test_rtn_refuses_what_its_widest_format_cannot_use() -> None:
+    scores = Rtn().score(shaped({"a": (64, 64)}))
+    with pytest.raises(BudgetError, match=r"at most 4,484 bytes .* int8-g32\), not 5,120"):
+        Rtn().allocate([scores], 5120)
 
 
 def test_rtn_refuses_what_one_bit_cannot_reach() -> None:

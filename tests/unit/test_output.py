@@ -60,8 +60,10 @@ def test_entries_of_a_packed_tensor_are_its_arrays(
     formats: tuple[str, ...], orders: tuple[bool, bool]
 ) -> None:
     shape, tile = (33, 70), (16, 24)
-    sides = [torch.arange(side).flip(0) if kept else None
-             for side, kept in zip(reversed(shape), orders, strict=True)]
+    sides = [
+        torch.arange(side).flip(0) if kept else None
+        for side, kept in zip(reversed(shape), orders, strict=True)
+    ]
     costs = torch.zeros((len(formats), *grid_shape(shape, tile)), dtype=torch.float64)
     table = TileCosts("w", shape, tile, formats, costs, *sides)
     chosen = torch.arange(costs[0].numel()).view(costs.shape[1:]) % len(formats)

@@ -30,9 +30,10 @@ from bitmosaic.pipeline.calibrate import MANIFEST
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
+    "layerwise, nearest": ("layerwise", {"base": "nearest"}),
+    "sfmp, nearest": ("sfmp", {"base": "nearest"}),
     "layerwise": ("layerwise", {}),
     "sfmp": ("sfmp", {}),
-    "sfmp, gptq": ("sfmp", {"base": "gptq"}),
 }
 BUDGETS = (2.5, 3.0, 4.0)
 SEQLEN = 256  # what the embedded model was trained for

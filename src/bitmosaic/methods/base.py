@@ -103,7 +103,7 @@ class Method:
 
     def score_parameters(self) -> dict[str, Any]:
         """The hyper-parameters that `score` depends on: its tables are kept under them."""
-        late = {"base", "damping", "solver"}
+        late = {"base", "damping", "act_order", "solver"}
         return {key: value for key, value in self.parameters().items() if key not in late}
 
     def score(self, block: BlockView) -> BlockScores:
@@ -135,12 +135,15 @@ class RoundedMethod(Method):
     """A method whose rounding is a choice: nearest, AWQ's scaling and clipping, or GPTQ.
 
     Attributes:
-        base: nearest, awq or gptq.
+        base: gptq (compensated columns), awq (scaling and clipping) or nearest.
         damping: share of the Hessian's mean diagonal added to it (gptq).
+        act_order: visit in_channels by falling diagonal of the Hessian, with groups fitted on the
+            original weights beforehand (gptq).
     """
 
-    base: str = "nearest"
+    base: str = "gptq"
     damping: float = 0.01
+    act_order: bool = True
 
     def __post_init__(self) -> None:
         """Check the choices before any work."""
@@ -175,7 +178,13 @@ class RoundedMethod(Method):
         if self.base == "awq":
             return rounding.nearest(rounding.awq_clip(weight, layer, statistics.hessian), layer)
         return rounding.compensated(
-            weight, layer, statistics.hessian, damping=self.damping, name=name
+            weight,
+            layer,
+            statistics.hessian,
+            damping=self.damping,
+            act_order=self.act_order,
+            static_groups=self.act_order,
+            name=name,
         )
 
 

@@ -134,7 +134,11 @@ def _check_request(
     measures = bool(method.block_statistics)
     calibrates = allocation is None and method.statistics and statistics_directory is None
     if (measures or calibrates) and tokens is None:
-        raise ValueError(f"method {method.name} must have calibration text. Give --calibration.")
+        why = ", ".join((*method.block_statistics, *(method.statistics if calibrates else ())))
+        raise ValueError(
+            f"method {method.name} must have calibration text, to measure {why}. "
+            "Give --calibration; with finished statistics, --base nearest needs none."
+        )
 
 
 def _check_allocation(source: Source, allocation: Allocation) -> None:
