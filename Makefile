@@ -44,10 +44,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench-quality: $(STAMP)
-	$(BIN)/python benchmarks/quality.py $(ARGS)
+	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
 
 bench-scale: $(STAMP)
-	$(BIN)/python benchmarks/scale.py $(ARGS)
+	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
 
 # Lines of Python by folder, so that growth is seen.
 size:

@@ -122,7 +122,7 @@ CASES = (
         "stdlib-llama",
         ROOT / "src/bitmosaic/data/stdlib-llama",
         lambda tokenizer: pick(stdlib_windows(tokenizer, "train", 256), 48),
-        lambda tokenizer: stdlib_windows(tokenizer, "heldout", 256),
+        lambda tokenizer: stdlib_windows(tokenizer, "heldout", 256, limit=240),
     ),
     Case(
         "stories260k",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bitmosaic import formats, methods, rounding
 from bitmosaic.allocation import BudgetError, LayerAllocation, TileCosts, feasible_range, uniform
-from bitmosaic.formats import UnsupportedError
 from bitmosaic.methods.base import BlockView, LayerStatistics, Method
 from bitmosaic.methods.gptq import Gptq
 from bitmosaic.methods.layerwise import Layerwise
@@ -444,16 +443,19 @@ def correlated(inputs: int, tokens: int = 400) -> Tensor:
 def test_gptq_loses_less_in_the_output_than_rtn(
     name: str, act_order: bool, static_groups: bool
 ) -> None:
-    if act_order and not static_groups:
-        with pytest.raises(UnsupportedError, match="act_order must go with static_groups"):
-            Gptq(format=name, act_order=act_order, static_groups=static_groups)
-        return
     weight = torch.randn(48, 80, generator=torch.Generator().manual_seed(0))
     hessian = correlated(80)
-    layer = uniform((48, 80), name)
     method = Gptq(format=name, act_order=act_order, static_groups=static_groups)
-    ours = method.quantize("w", weight, layer, LayerStatistics(hessian)).dequantize()
-    plain = Rtn(format=name).quantize("w", weight, layer, LayerStatistics()).dequantize()
+    layer = method.allocate([method.score(shaped({"w": (48, 80)}))], 10**6)["w"]
+    packed = method.quantize("w", weight, layer, LayerStatistics(hessian))
+    assert packed.nbytes == layer.nbytes
+    assert (packed.in_permutation is not None) == (act_order and not static_groups)
+    ours = packed.dequantize()
+    plain = (
+        Rtn(format=name)
+        .quantize("w", weight, uniform((48, 80), name), LayerStatistics())
+        .dequantize()
+    )
     assert rounding.output_error(weight, ours, hessian) < 0.8 * rounding.output_error(
         weight, plain, hessian
     )

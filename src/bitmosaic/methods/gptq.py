@@ -22,15 +22,16 @@ Measured: docs/methods/sfmp.md (as baseline).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bitmosaic import formats, rounding
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import UnsupportedError
-from bitmosaic.methods.base import LayerStatistics, require
+from bitmosaic.methods.base import BlockScores, BlockView, LayerStatistics, require
 from bitmosaic.methods.rtn import UniformMethod
 from bitmosaic.tensor import QuantizedTensor
 
@@ -59,28 +60,42 @@ class Gptq(UniformMethod):
         require(0 < self.damping < 1, "damping", "between 0 and 1", self.damping, "Try 0.01.")
         if self.format and formats.get(self.format).learned_grid:
             raise UnsupportedError(f"gptq must have a format with a fixed grid, not {self.format}.")
-        if self.act_order and not self.static_groups:
-            raise UnsupportedError(
-                "act_order must go with static_groups here, since storing columns in visiting "
-                "order is not priced by this method's allocation. Set static_groups."
-            )
+
+    @property
+    def stores_columns(self) -> bool:
+        """Whether columns are stored in visiting order: act-order with groups fitted on the way."""
+        return self.act_order and not self.static_groups
 
     @property
     def block_statistics(self) -> tuple[str, ...]:
         """The Hessian of each layer's input."""
         return ("hessian",)
 
+    def score(self, block: BlockView) -> BlockScores:
+        """Describe each matrix as a single tile, with room for the order it is stored in."""
+        scores = super().score(block)
+        if not self.stores_columns:
+            return scores
+        tables = [
+            replace(table, in_permutation=torch.arange(table.shape[1])) for table in scores.tables
+        ]
+        return replace(scores, tables=tables)
+
     def quantize(
         self, name: str, weight: Tensor, layer: LayerAllocation, statistics: LayerStatistics
     ) -> QuantizedTensor:
         """Sweep the columns with compensation."""
-        assert statistics.hessian is not None
+        hessian = statistics.hessian
+        assert hessian is not None
+        if self.stores_columns:
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+            layer = replace(layer, in_permutation=order)
         return rounding.compensated(
             weight,
             layer,
-            statistics.hessian,
+            hessian,
             damping=self.damping,
-            act_order=self.act_order,
+            act_order=self.act_order and self.static_groups,
             static_groups=self.static_groups,
             name=name,
         )
