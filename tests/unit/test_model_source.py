@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import architectures
 from architectures import NAMES, tiny, tokens
 from bitmosaic.model import Source, linears
-from bitmosaic.model import source as source_module
+from bitmosaic.model import skeleton
 from bitmosaic.model.tensor_files import TensorFiles
 
 
@@ -217,7 +217,7 @@ def test_a_hub_id_is_fetched_through_the_hub_client(
         asked.append(name)
         return str(llama)
 
-    monkeypatch.setattr(source_module, "snapshot_download", snapshot)
+    monkeypatch.setattr(skeleton, "snapshot_download", snapshot)
     assert Source("some-org/some-model").path == llama
     assert asked == ["some-org/some-model"]
 
@@ -226,7 +226,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
     def snapshot(name: str, *, allow_patterns: list[str]) -> str:
         raise ConnectionError(name)
 
-    monkeypatch.setattr(source_module, "snapshot_download", snapshot)
+    monkeypatch.setattr(skeleton, "snapshot_download", snapshot)
     with pytest.raises(
         FileNotFoundError, match="must be a local directory or a hub id that can be"
     ):
@@ -448,7 +448,7 @@ def test_a_file_that_shrinks_while_it_is_open(single: Path) -> None:
 
 def test_a_model_without_a_list_of_blocks() -> None:
     with pytest.raises(ValueError, match="must have a list of decoder blocks, but Linear has none"):
-        source_module._find_blocks(nn.Linear(2, 2), Path("model"))
+        skeleton.find_blocks(nn.Linear(2, 2), Path("model"))
 
 
 def test_every_name_of_the_table_is_built() -> None:
