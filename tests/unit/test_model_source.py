@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 import architectures
 from architectures import NAMES, tiny, tokens
-from bitmosaic.model import Source, linears
-from bitmosaic.model import skeleton
+from bitmosaic.model import Source, linears, skeleton
 from bitmosaic.model.tensor_files import TensorFiles
 
 
