@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bitmosaic
 from bitmosaic import checkpoint
 from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts, feasible_range
 from bitmosaic.methods import Method
@@ -88,6 +89,7 @@ def score(
     directory = None if cache is None else cache / f"scores-{method.name}-{key}"
     if directory is not None:
         identity = {
+            "bitmosaic": bitmosaic.__version__,
             "model": source.digest,
             "method": method.name,
             "parameters": method.score_parameters(),
