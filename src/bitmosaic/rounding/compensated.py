@@ -253,6 +253,7 @@ class _Groups:
         tile_rows, self.tile_columns = layer.tile
         self.width = layer.shape[1]
         self.sizes = [fmt.group or self.tile_columns for fmt in chosen]
+        self.starts = {at for size in self.sizes for at in range(0, self.tile_columns, size)}
         # Affine formats share the default power-of-two tensor scale, so that one division by the
         # full scale serves all rows, and widths differ only in their largest code.
         self.joint = all(fmt.is_affine for fmt in chosen) and len(set(self.sizes)) == 1
@@ -280,7 +281,7 @@ class _Groups:
     def enter(self, stored: int, read: Callable[[Tensor], Tensor]) -> None:
         """Fit the groups whose first stored column is `stored`, from `read(columns) [n, rows]`."""
         tile_column, offset = divmod(stored, self.tile_columns)
-        if all(offset % size for size in self.sizes):
+        if offset not in self.starts:
             return
         end = min((tile_column + 1) * self.tile_columns, self.width)
         value = torch.empty(0, 0)
@@ -289,10 +290,9 @@ class _Groups:
             if offset % size or fmt.scale_format is None:
                 continue
             last = min(stored + size, end)
-            if value.shape[0] != last - stored:
-                value = read(torch.arange(stored, last))
-            group = value[:, rows].t()[None, :, None] / self.tensor_scales[index]
-            parameters = fmt.fit(group.contiguous())
+            if value.shape[1] != last - stored:
+                value = read(torch.arange(stored, last)).t().contiguous()
+            parameters = fmt.fit(value[rows][None, :, None] / self.tensor_scales[index])
             assert parameters.scale is not None
             place = (tile_column, offset // size, rows)
             self.scale[place] = parameters.scale[0, :, 0] * self.tensor_scales[index]
