@@ -306,5 +306,5 @@ def test_a_checkpoint_without_some_weight_is_refused(tmp_path):
 
 
 def test_a_missing_model_is_refused(tmp_path, story):
-    with pytest.raises(FileNotFoundError, match="must be a local directory or a hub id"):
+    with pytest.raises(FileNotFoundError, match="model directory must exist"):
         evaluate(tmp_path / "absent", story, seqlen=8)

@@ -17,8 +17,8 @@ from bitmosaic.evaluation.model import (
     silence_loading,
 )
 from bitmosaic.evaluation.perplexity import Progress
-from bitmosaic.evaluation.record import resolve
 from bitmosaic.integrations.loading import load
+from bitmosaic.model.skeleton import resolve
 
 __all__ = ["evaluate", "generate", "load"]
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -34,6 +32,7 @@ from bitmosaic.evaluation.text import (
     text_digest,
     token_windows,
 )
+from bitmosaic.model.skeleton import resolve
 
 __all__ = [
     "EvaluationText",
@@ -228,17 +227,3 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def resolve(path_or_id: str | Path) -> Path:
-    """Return a local directory for a directory or a hub id."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        return Path(snapshot_download(str(path_or_id)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"model {str(path_or_id)!r} must be a local directory or a hub id that can be reached, "
-            f"which it is not ({type(error).__name__}). Check the path."
-        ) from error
