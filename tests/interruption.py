@@ -23,8 +23,15 @@ def kill() -> None:
 
 
 def press_control_c() -> None:
-    """Send this process what the terminal sends; Python raises KeyboardInterrupt at once."""
-    signal.raise_signal(signal.SIGINT)
+    """Send this process what the terminal sends; Python raises KeyboardInterrupt at once.
+
+    A job that a shell put into the background inherits SIGINT ignored, and Python leaves it so.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fill_disk() -> None:
