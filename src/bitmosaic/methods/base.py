@@ -65,7 +65,8 @@ class Method:
 
     name: ClassVar[str]
     fits_any_budget: ClassVar[bool] = True
-    """False for methods with one format, which reach a budget only to within a format's step."""
+    """False for methods with one format, which reach a budget only to within a format's step and
+    are shown shapes alone when they score (weights on the meta device)."""
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from bitmosaic import formats
 from bitmosaic.allocation import BudgetError, LayerAllocation, TileCosts
 from bitmosaic.methods.base import BlockScores, BlockView, Method
+from bitmosaic.tensor import permutation_bytes
 
 LADDER = tuple(
     f"int{bits}" + (f"-g{group}" if group else "")
@@ -60,26 +61,29 @@ class UniformMethod(Method):
         """Take the best format whose bytes over the whole model fit."""
         tables = [table for part in scores for table in part.tables]
         weights = sum(table.shape[0] * table.shape[1] for table in tables)
-        sizes: list[int] = []
-        for index, _ in reversed(list(enumerate(tables[0].formats))):
-            plans = {
-                table.name: table.plan(torch.full((1, 1), index, dtype=torch.uint8))
-                for table in tables
-            }
-            sizes.append(sum(plan.nbytes for plan in plans.values()))
-            if not self.format and budget * 0.998 > sizes[0]:
-                raise BudgetError(
-                    f"budget must be at most {sizes[0]:,} bytes for the quantized weights "
-                    f"({8 * sizes[0] / weights:.3f} bits_per_weight, {tables[0].formats[-1]}), not "
-                    f"{budget:,} ({8 * budget / weights:.3f}). Name a wider format, or spend less."
-                )
-            if sizes[-1] <= budget:
-                return plans
+        names = tables[0].formats
+        sizes = [sum(_price(table, name) for table in tables) for name in names]
+        if not self.format and budget * 0.998 > sizes[-1]:
+            raise BudgetError(
+                f"budget must be at most {sizes[-1]:,} bytes for the quantized weights "
+                f"({8 * sizes[-1] / weights:.3f} bits_per_weight, {names[-1]}), not {budget:,} "
+                f"({8 * budget / weights:.3f}). Name a wider format, or spend less."
+            )
+        for index in reversed(range(len(names))):
+            if sizes[index] <= budget:
+                choice = torch.full((1, 1), index, dtype=torch.uint8)
+                return {table.name: table.plan(choice) for table in tables}
         raise BudgetError(
             f"budget must be at least {min(sizes):,} bytes for the quantized weights "
             f"({8 * min(sizes) / weights:.3f} bits_per_weight) with {self.format or 'int1'}, "
             f"not {budget:,} ({8 * budget / weights:.3f}). Use a larger budget or another format."
         )
+
+
+def _price(table: TileCosts, name: str) -> int:
+    """Bytes of a matrix in one format: its tile, a tensor scale, a stored order."""
+    order = permutation_bytes(table.shape[1]) if table.in_permutation is not None else 0
+    return formats.get(name).tile_bytes(*table.shape) + 4 + order
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,9 @@ class _Scorer:
         self.structures = structures(source)
 
     def score(self, index: int, residual: Tensor | None) -> BlockScores:
-        block = self.source.load_block(index)
+        # Where one format serves all, only shapes matter, and those are known without reading.
+        reads = self.method.fits_any_budget
+        block = self.source.load_block(index) if reads else self.source.empty_block(index)
         found = self.structures.of(index, block)
         fisher = self._fisher(index)
         if residual is not None:
