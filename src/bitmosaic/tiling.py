@@ -126,7 +126,8 @@ def grid_shape(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]
 
 def clip_tile(shape: tuple[int, int], tile: tuple[int | None, int | None]) -> tuple[int, int]:
     """Limit a wished tile to the matrix; None means the whole side."""
-    return tuple(max(1, min(side, wish or side)) for side, wish in zip(shape, tile, strict=True))  # type: ignore[return-value]  # two sides give two numbers
+    rows, columns = (min(side, wish or side) for side, wish in zip(shape, tile, strict=True))
+    return max(1, rows), max(1, columns)
 
 
 def sections(

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -409,6 +410,29 @@ class TestPlans:
         path = tmp_path / "a.safetensors"
         checkpoint.write_tensors(path, {"x": torch.zeros(1)})
         with pytest.raises(ValueError, match="must be an allocation file"):
+            Allocation.load(path)
+
+    @pytest.mark.parametrize(
+        ("damage", "named"),
+        [
+            (lambda tensors: tensors.pop("a.tile_map"), "a.tile_map"),
+            (lambda tensors: tensors["a.tile_map"].fill_(3), "a format that is not there"),
+            (lambda tensors: tensors.update({"a.tile_map": torch.zeros(1, 1)}), "does not cover"),
+            (lambda tensors: tensors["a.in_permutation"].fill_(0), "is no permutation"),
+            (lambda tensors: tensors["residual"].add_(1), "residual is no permutation"),
+        ],
+    )
+    def test_a_damaged_file_is_refused(self, tmp_path, damage, named):
+        path = tmp_path / "a.safetensors"
+        costs = replace(table("a", (20, 40), (16, 32), 0), in_permutation=torch.arange(40).flip(0))
+        layers = {"a": costs.plan(torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8))}
+        Allocation(layers, {}, {}, torch.arange(8).flip(0)).save(path)
+        assert Allocation.load(path).residual is not None
+        tensors, metadata = checkpoint.read_tensors(path)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        damage(tensors)
+        checkpoint.write_tensors(path, tensors, metadata)
+        with pytest.raises(ValueError, match=f"damaged .*{named}"):
             Allocation.load(path)
 
 

@@ -99,26 +99,55 @@ class Allocation:
                 "Make one with `bitmosaic allocate`."
             )
 
-        def order(key: str) -> Tensor | None:
-            return tensors[key].long() if key in tensors else None
+        def order(key: str, length: int | None = None) -> Tensor | None:
+            return _bijection(key, tensors[key], length) if key in tensors else None
 
-        layers = {
-            name: LayerAllocation(
-                shape=tuple(described["shape"]),
-                tile=tuple(described["tile"]),
-                formats=tuple(described["formats"]),
-                tile_map=tensors[f"{name}.tile_map"],
-                in_permutation=order(f"{name}.in_permutation"),
-                out_permutation=order(f"{name}.out_permutation"),
-            )
-            for name, described in json.loads(metadata["layers"]).items()
-        }
-        ties = {
-            key.removesuffix(".tie"): value.long()
-            for key, value in tensors.items()
-            if key.endswith(".tie")
-        }
-        return cls(layers, json.loads(metadata["recipe"]), ties, order("residual"))
+        try:
+            layers = {
+                name: _checked(
+                    LayerAllocation(
+                        shape=(int(described["shape"][0]), int(described["shape"][1])),
+                        tile=(int(described["tile"][0]), int(described["tile"][1])),
+                        formats=tuple(described["formats"]),
+                        tile_map=tensors[f"{name}.tile_map"],
+                        in_permutation=order(f"{name}.in_permutation", described["shape"][1]),
+                        out_permutation=order(f"{name}.out_permutation", described["shape"][0]),
+                    )
+                )
+                for name, described in json.loads(metadata["layers"]).items()
+            }
+            ties = {
+                key.removesuffix(".tie"): _bijection(key, value)
+                for key, value in tensors.items()
+                if key.endswith(".tie")
+            }
+            return cls(layers, dict(json.loads(metadata["recipe"])), ties, order("residual"))
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must be a whole allocation file, but it is damaged ({error}). "
+                "Make it again with `bitmosaic allocate`."
+            ) from error
+
+
+def _checked(layer: LayerAllocation) -> LayerAllocation:
+    """Refuse a layer whose map does not fit its matrix or its formats."""
+    for name in layer.formats:
+        formats.get(name)
+    if min(*layer.shape, *layer.tile) < 1:
+        raise ValueError("a shape or a tile is empty")
+    if tuple(layer.tile_map.shape) != grid_shape(layer.shape, layer.tile):
+        raise ValueError("a tile map does not cover its matrix")
+    if layer.tile_map.dtype != torch.uint8 or int(layer.tile_map.max()) >= len(layer.formats):
+        raise ValueError("a tile map names a format that is not there")
+    return layer
+
+
+def _bijection(key: str, order: Tensor, length: int | None = None) -> Tensor:
+    """Refuse an order that is no permutation."""
+    expected = torch.arange(order.numel() if length is None else length)
+    if order.dim() != 1 or not torch.equal(order.long().sort().values, expected):
+        raise ValueError(f"{key} is no permutation")
+    return order.long()
 
 
 _BAND_ROWS = 64

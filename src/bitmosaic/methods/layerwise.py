@@ -24,7 +24,7 @@ class Layerwise(RoundedMethod):
 
     Attributes:
         formats: candidate formats.
-        score: ``fisher_error`` (importance times measured error) or ``fisher``.
+        score_by: ``fisher_error`` (importance times measured error) or ``fisher``.
     """
 
     name: ClassVar[str] = "layerwise"
