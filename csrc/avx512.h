@@ -1,0 +1,107 @@
+// What the AVX-512 files share: vectors of 16 rows times 4 columns, and the split of fields into bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace bitmosaic::avx512 {
+
+#define BITMOSAIC_INLINE inline __attribute__((always_inline))
+
+// acc += four products of unsigned and signed bytes in every lane. As an intrinsic gcc 12 copies
+// arrays of accumulators around the destructive operand and spills them: 130-190 in place of 406 GOP/s.
+BITMOSAIC_INLINE void dot4(__m512i& acc, __m512i codes, __m512i activations) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(activations));
+}
+
+BITMOSAIC_INLINE __m512i broadcast4(const int8_t* q) {  // four activations to all lanes
+    int32_t four;
+    std::memcpy(&four, q, 4);
+    return _mm512_set1_epi32(four);
+}
+
+BITMOSAIC_INLINE __m512i load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+BITMOSAIC_INLINE __m512i keep(__m512i v, int mask) {
+    return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+
+// Each byte shifted right by `n` and cut to `mask`.
+BITMOSAIC_INLINE __m512i field(__m512i v, int n, int mask) { return keep(_mm512_srli_epi16(v, n), mask); }
+
+BITMOSAIC_INLINE __m512 scales_of(const uint8_t* cell, int set) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cell + 32 * set)));
+}
+
+// Zero points as floats. `halves`: stored in units of a half.
+BITMOSAIC_INLINE __m512 zeros_of(const uint8_t* cell, int set, bool halves) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(cell + 128 + 16 * set));
+    const __m512 whole = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    return halves ? _mm512_mul_ps(whole, _mm512_set1_ps(0.5f)) : whole;
+}
+
+// Codes of quads 2p, 2p + 1 of a part: eight vectors, [quad][set]. `part` is the first byte of the part.
+template <int bits>
+BITMOSAIC_INLINE void unpack_pair(const uint8_t* part, int pair, __m512i out[8]) {
+    const uint8_t* p = part + pair * 64 * bits;
+    if constexpr (bits == 8) {
+        for (int i = 0; i < 8; ++i) out[i] = load(p + 64 * i);
+    } else if constexpr (bits == 4) {
+        for (int i = 0; i < 4; ++i) {
+            const __m512i v = load(p + 64 * i);
+            out[2 * i] = keep(v, 0x0F);
+            out[2 * i + 1] = field(v, 4, 0x0F);
+        }
+    } else if constexpr (bits == 2) {
+        for (int quad = 0; quad < 2; ++quad) {
+            const __m512i v = load(p + 64 * quad);
+            for (int set = 0; set < 4; ++set) out[4 * quad + set] = field(v, 2 * set, 0x03);
+        }
+    } else if constexpr (bits == 3) {
+        const __m512i a = load(p), b = load(p + 64), c = load(p + 128);
+        out[0] = keep(a, 0x07);
+        out[1] = field(a, 3, 0x07);
+        out[2] = _mm512_or_si512(field(a, 5, 0x06), field(b, 6, 0x01));
+        out[3] = keep(b, 0x07);
+        out[4] = keep(c, 0x07);
+        out[5] = field(c, 3, 0x07);
+        out[6] = _mm512_or_si512(field(c, 5, 0x06), field(b, 7, 0x01));
+        out[7] = field(b, 3, 0x07);
+    } else {
+        static_assert(bits == 1);
+        const __m512i v = load(p);
+        for (int i = 0; i < 8; ++i) out[i] = field(v, i, 0x01);
+    }
+}
+
+// The same for any width from 1 to 8: one part, or the low four bits and a part of the rest.
+template <int bits>
+BITMOSAIC_INLINE void codes_of_pair(const uint8_t* codes, int quads, int pair, __m512i out[8]) {
+    if constexpr (bits <= 4 || bits == 8) {
+        unpack_pair<bits>(codes, pair, out);
+    } else {
+        __m512i high[8];
+        unpack_pair<4>(codes, pair, out);
+        unpack_pair<bits - 4>(codes + quads * 128, pair, high);
+        for (int i = 0; i < 8; ++i) out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(high[i], 4));
+    }
+}
+
+// Where the kernels of one panel stand: runs front to back, their cells and bytes.
+struct Place {
+    const uint8_t* bytes;
+    const Cell* cell;
+};
+
+// `alone`: the panel has no other run.
+void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,
+                   float* y);
+void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
+                float* y, uint8_t* scratch);
+void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
+               float* y, uint8_t* scratch);
+
+}  // namespace bitmosaic::avx512

@@ -1,0 +1,64 @@
+// What each instruction-set level provides, and the activations that it reads.
+//
+// Integer results are the same bit for bit at every level, thread count and batch. Per cell and token:
+//
+//   dot  = sum over the cell's columns of code * q            (int32, exact)
+//   t    = float(dot) - z * float(sum)                        (exact: below 2^24; one fma or two exact steps)
+//   y    = fma(t * scale, activation_scale * factor, y)       (one product of two floats formed first,
+//                                                              factor * step for tables, then * activation_scale)
+// with z the zero point (half of it for 1-bit affine, 128 for tables) and cells in stored order. Float results
+// (exact mode, column kinds) keep that order of cells but may add up inside a cell in any fixed order.
+#pragma once
+
+#include "layout.h"
+
+namespace bitmosaic {
+
+enum class Scalar : uint8_t { f32, bf16, f16 };
+
+// Activations of `tokens` tokens in stored column order. Arrays a mode does not need are null.
+struct Activations {
+    int tokens = 0;
+    const int8_t* q = nullptr;       // [blocks][tokens][128]; fill is 0; readable 64 bytes beyond the end
+    const float* scale = nullptr;    // [blocks][tokens]: x ~ q * scale; NaN where the block is not finite
+    const int32_t* sum = nullptr;    // [segments][tokens]: sum of q over the segment
+    const float* x = nullptr;        // [tokens][stride] float; readable 64 bytes beyond the end
+    size_t stride = 0;               // floats between tokens of x: in, rounded up to 16
+};
+
+enum class Pass : uint8_t {
+    integer,     // quad kinds by int8 activations, column kinds by float ones
+    exact,       // everything by float activations
+};
+
+struct Level {
+    const char* name;
+
+    // One token's block of at most 128 columns: copy to q (filled with 0 to 128), return its scale.
+    // x is float in stored order. largest = max |x|; not finite -> q = 0 and NaN; below 2^-100 -> q = 0
+    // and 0; else scale = largest / 127 and q = nearest-even(x * (127 / largest)).
+    float (*quantize)(const float* x, int columns, int8_t* q);
+
+    // Add the products of panel `p` with tokens [first, first + count) to y [count][64], which the
+    // caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte aligned and
+    // has kScratch bytes. No outliers, no bias.
+    void (*panel)(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass,
+                  float* y, uint8_t* scratch);
+
+    // Spread `count` codes of `bits` bit-planes (each `plane` bytes apart), from code `first` on, into
+    // bytes. Reads no byte beyond the last one that holds a code. bits 1 to 8.
+    void (*unpack_planes)(const uint8_t* planes, size_t plane, int bits, size_t first, size_t count,
+                          uint8_t* codes);
+};
+
+constexpr size_t kScratch = 64 * 1024;
+
+const Level& scalar_level();
+const Level* avx2_level();    // null where the build has none
+const Level* avx512_level();
+
+// The level in use: the best one the CPU has, or the one that BITMOSAIC_CPU_LEVEL names (scalar, avx2,
+// avx512). Throws std::runtime_error naming the variable for a level that is unknown or not there.
+const Level& level();
+
+}  // namespace bitmosaic

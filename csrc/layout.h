@@ -1,0 +1,137 @@
+// The prepared layout: what `pack` writes once and every kernel reads. Private, never saved.
+//
+// The stored matrix [out, in] (rows and columns in the order of the file) is cut into *panels* of
+// 64 rows, one row a lane, and each panel into *cells*: 64 rows times at most 128 columns in which
+// every row has one scale. A cell never crosses the edge of a tile, of a group, or of a block of
+// 128 columns that share one activation scale. Its columns are a *segment*. Pruned cells are absent.
+//
+//   panel   = runs of cells of one kind, widest code first, read front to back without a gap
+//   cell    = 64 fp16 scales (128 B) | 64 u8 zero points (64 B) | codes
+//   columns of a cell are filled up to `quads` groups of 4, an even number; the fill has code 0
+//
+// Codes of the *quad* kinds (affine, table). Row r of the panel is lane r % 16 of row set r / 16;
+// column 4 q + j of the cell is byte j of a lane, so that one 64-byte vector holds 16 rows times 4
+// columns and meets 4 activations broadcast to all lanes. Wider fields come first ("parts"):
+//
+//   bits 8        part 8: vector (q, set)
+//   bits 4        part 4: vector (q, h): set 2h in the low nibble, set 2h + 1 in the high one
+//   bits 2        part 2: vector (q): set s in bits 2s, 2s + 1
+//   bits 3        part 3: vectors A, B, C for quads q, q + 1 (q even)
+//                   A: set 0 of q in bits 0-2, set 1 of q in 3-5, upper two bits of set 2 of q in 6-7
+//                   B: set 3 of q in 0-2, set 3 of q + 1 in 3-5, low bit of set 2: of q in 6, of q+1 in 7
+//                   C: as A, of q + 1
+//   bits 1        part 1: vector (q, q + 1): set s of q in bit s, set s of q + 1 in bit 4 + s
+//   bits 5, 6, 7  part 4 of the low four bits, then part 1, 2 or 3 of the rest
+//
+// Every part of b bits takes 32 b bytes a quad: nothing is wasted at any width.
+//
+// Codes of the *column* kinds (wide table, half, bfloat, single): column by column, the 64 rows of a
+// column side by side, 1, 1, 2, 2 or 4 bytes each, without fill.
+//
+// A value is (grid[code] - zero_point) * scale * factor, factor being the tensor scale of the cell's
+// format; a single-precision cell holds the value itself (scale and factor are 1).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bitmosaic {
+
+constexpr int kRows = 64;        // rows of a panel
+constexpr int kBlock = 128;      // columns that share one activation scale
+constexpr int kHeader = 192;     // bytes of scales and zero points
+constexpr int kSmallTable = 16;  // entries kept of a table of at most 4 bits
+constexpr int kWideTable = 256;  // entries kept of a wider one
+
+enum class Kind : uint8_t {
+    affine,      // grid[code] = code; bits 1 to 8; zero points are whole numbers, in halves where bits == 1
+    table,       // grid of at most 16 values, one for the cell; bits 1 to 4; no zero point
+    wide_table,  // grid of at most 256 values, one for the cell; bits 8 (a byte each); no zero point
+    half,        // IEEE binary16 patterns
+    bfloat,      // bfloat16 patterns
+    single,      // float32 values: the escape for what nothing else can hold
+};
+
+constexpr bool is_quad(Kind kind) { return kind == Kind::affine || kind == Kind::table; }
+
+// Columns [start, start + length) of the stored matrix; start / kBlock is the activation block.
+struct Segment {
+    uint32_t start;
+    uint32_t length;  // 1 to 128
+};
+
+struct Cell {
+    uint32_t segment;
+    uint32_t table;  // index of the small or wide table; 0 where the kind has none
+    float factor;    // tensor scale (without the table's step)
+};
+
+struct Run {
+    Kind kind;
+    uint8_t bits;
+    uint16_t unused;
+    uint32_t cells;
+};
+
+struct Panel {
+    uint64_t offset;    // of the first cell's bytes in Matrix::data
+    uint32_t run;       // first run; the panel has runs [run, next panel's run)
+    uint32_t cell;      // first cell
+};
+
+// A table of at most 16 values. `code` holds round(value / step) + 128 for the integer kernels;
+// step is a power of two where that makes all values exact, else largest magnitude / 127.
+struct SmallTable {
+    float value[kSmallTable];
+    uint8_t code[kSmallTable];
+    float step;
+    float unused[3];
+};
+
+struct WideTable {
+    float value[kWideTable];
+    enum : uint32_t { any, e4m3, e5m2 } like;  // equal to these OCP types where not NaN: faster decoding
+    uint32_t unused[15];
+};
+
+// Views into memory that a Storage owns; all arrays are read-only once packed.
+struct Matrix {
+    uint32_t out = 0, in = 0;
+    uint32_t panels = 0;          // ceil(out / 64)
+    uint32_t segments = 0;
+    uint32_t blocks = 0;          // ceil(in / 128)
+    bool needs_float = false;     // any column kind or outlier: float activations even in int8 mode
+    const uint8_t* data = nullptr;        // cells; 64-byte aligned, readable 64 bytes beyond the end
+    const Panel* panel = nullptr;         // panels + 1; the last one holds the ends
+    const Run* run = nullptr;
+    const Cell* cell = nullptr;
+    const Segment* segment = nullptr;
+    const SmallTable* small_table = nullptr;
+    const WideTable* wide_table = nullptr;
+    const int32_t* column_of = nullptr;   // stored column -> column of x; null when in order
+    const int32_t* row_of = nullptr;      // stored row [out] -> row of y; null when in order
+    // Outliers by stored row: row r has entries [r ? outlier_end[r - 1] : 0, outlier_end[r]), columns being
+    // stored columns, ascending. Where the format has a code for zero it stands in the outlier's
+    // place and the delta is the value; elsewhere the delta is the value less the decoded code.
+    // null where there are none; only for in <= 65536.
+    const uint32_t* outlier_end = nullptr;      // [64 panels]
+    const uint16_t* outlier_column = nullptr;
+    const float* outlier_delta = nullptr;
+    const float* outlier_value = nullptr;       // the value itself, for `rows`
+};
+
+constexpr int quads(uint32_t length) { return static_cast<int>((length + 7) / 8 * 2); }
+
+constexpr size_t column_bytes(Kind kind) {  // of one column of 64 rows of a column kind
+    return kind == Kind::wide_table ? 64 : kind == Kind::single ? 256 : 128;
+}
+
+constexpr size_t code_bytes(Kind kind, int bits, uint32_t length) {
+    return is_quad(kind) ? static_cast<size_t>(quads(length)) * 32 * bits : column_bytes(kind) * length;
+}
+
+constexpr size_t cell_bytes(Kind kind, int bits, uint32_t length) {
+    return kHeader + code_bytes(kind, bits, length);
+}
+
+}  // namespace bitmosaic
