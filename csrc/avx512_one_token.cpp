@@ -133,14 +133,19 @@ BITMOSAIC_INLINE void dot_affine(const uint8_t* p, const int8_t* q, int quads, _
     }
 }
 
+// Code 0 of a table is not the number 0: the activations of the fill have to be.
 template <int bits>
-BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int quads, const SmallTable& table,
+BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int length, const SmallTable& table,
                                 __m512i sums[4]) {
+    const int pairs = quads(length) / 2, whole = length / 8;
+    int8_t last[8] = {};
+    std::memcpy(last, q + 8 * whole, length % 8);
     const __m512i zero = _mm512_setzero_si512(), values = _mm512_broadcast_i32x4(_mm_loadu_si128(
         reinterpret_cast<const __m128i*>(table.code)));
     __m512i even[4] = {zero, zero, zero, zero}, odd[4] = {zero, zero, zero, zero};
-    for (int pair = 0; pair < quads / 2; ++pair, q += 8) {
-        const __m512i x0 = broadcast4(q), x1 = broadcast4(q + 4);
+    for (int pair = 0; pair < pairs; ++pair) {
+        const int8_t* x = pair < whole ? q + 8 * pair : last;
+        const __m512i x0 = broadcast4(x), x1 = broadcast4(x + 4);
         __m512i codes[8];
         unpack_pair<bits>(p, pair, codes);
         for (int set = 0; set < 4; ++set) {
@@ -168,7 +173,7 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
         float factor = cell->factor;
         if constexpr (kind == Kind::table) {
             const SmallTable& table = m.small_table[cell->table];
-            dot_table<bits>(bytes + kHeader, q, n, table, sums);
+            dot_table<bits>(bytes + kHeader, q, static_cast<int>(segment.length), table, sums);
             factor *= table.step;
         } else {
             dot_affine<bits, ahead>(bytes + kHeader, q, n, sums);
