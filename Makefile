@@ -5,17 +5,18 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
+NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test check format bench-quality bench-scale size clean
+.PHONY: FORCE setup demo test sanitize check format bench-quality bench-scale bench-cpu size clean
 
 setup: $(STAMP)
 
 # torch first and alone: the pin without a local version takes a CPU wheel where pip is shown one.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt src/bitmosaic_autoload.py src/bitmosaic.pth $(LAYOUT)
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) src/bitmosaic_autoload.py src/bitmosaic.pth $(LAYOUT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python must be 3.11 or newer. Name one: make PYTHON=python3.11")'
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt scikit-build-core cmake ninja
+	$(BIN)/python -m pip install -c constraints.txt scikit-build-core nanobind cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -33,6 +34,20 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+# The kernel tests and the fuzzed packing, on a build that stops at any access out of bounds and any
+# undefined behaviour. Python itself is no such build, hence the libraries loaded before it.
+SANITIZED := build/sanitize
+sanitize: export OMP_NUM_THREADS ?= 1
+sanitize: $(STAMP)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBITMOSAIC_NATIVE=ON -DBITMOSAIC_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build $(SANITIZED)
+	$(SANITIZED)/fuzz_pack $(FUZZ)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_CPU_MODULE="$$(ls $(SANITIZED)/_cpu*.so)" \
+	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels $(ARGS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +63,18 @@ bench-quality: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
+
+# Some six minutes, and once five more to install the peers; QUICK=1: under a minute, without peers.
+# Both halves run even where the first misses a figure. ARGS go to the first: --parts one_token.
+bench-cpu: $(STAMP)
+ifdef QUICK
+	$(BIN)/python benchmarks/kernel.py --quick $(ARGS); kernel=$$?; \
+	$(BIN)/python benchmarks/model.py --quick && exit $$kernel
+else
+	benchmarks/peers.sh $(BIN)/python
+	$(BIN)/python benchmarks/kernel.py --json benchmarks/results/kernel.json $(ARGS); kernel=$$?; \
+	$(BIN)/python benchmarks/model.py --json benchmarks/results/model.json && exit $$kernel
+endif
 
 # Lines of Python by folder, so that growth is seen.
 size:

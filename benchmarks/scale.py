@@ -14,8 +14,6 @@ run (the better one); rounding itself, some ten operations a weight, is not coun
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics as python_statistics
 import tempfile
 import time
@@ -32,6 +30,7 @@ from bitmosaic.methods.base import BlockScores
 from bitmosaic.methods.sfmp import Sfmp
 from bitmosaic.pipeline.allocate import load_scores, save_scores
 from bitmosaic.tiling import grid_shape
+from figures import figure, finish
 
 LLAMA_7B = {
     "q": (4096, 4096),
@@ -201,26 +200,6 @@ def _numbered(scores: list[BlockScores]) -> list[BlockScores]:
     ]
 
 
-def figure(
-    name: str,
-    measured: float,
-    asked: float,
-    unit: str,
-    met: bool,
-    details: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Make and print one row."""
-    print(f"{'ok  ' if met else 'MISS'} {name}: {measured:.3f} {unit} (asked {asked:g})")
-    return {
-        "figure": name,
-        "measured": measured,
-        "asked": asked,
-        "unit": unit,
-        "met": met,
-        **{f"detail_{key}": value for key, value in (details or {}).items()},
-    }
-
-
 PARTS = {"nearest": nearest, "gptq": gptq, "allocate": allocate, "fisher": fisher}
 
 
@@ -231,24 +210,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = [row for part in arguments.parts.split(",") for row in PARTS[part]()]
-    facts = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "machine": cpu_name(),
-    }
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
-    return 0 if all(row["met"] for row in rows) else 1
-
-
-def cpu_name() -> str:
-    """Name the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    return finish(rows, arguments.json, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,30 @@
 // What each instruction-set level provides, and the activations that it reads.
 //
-// Integer results are the same bit for bit at every level, thread count and batch. Per cell and token:
+// Integer results are the same bit for bit at every level, thread count and batch. Per cell and token,
+// each line rounded once to float, nearest even:
 //
-//   dot  = sum over the cell's columns of code * q            (int32, exact)
-//   t    = float(dot) - z * float(sum)                        (exact: below 2^24; one fma or two exact steps)
-//   y    = fma(t * scale, activation_scale * factor, y)       (one product of two floats formed first,
-//                                                              factor * step for tables, then * activation_scale)
-// with z the zero point (half of it for 1-bit affine, 128 for tables) and cells in stored order. Float results
-// (exact mode, column kinds) keep that order of cells but may add up inside a cell in any fixed order.
+//   dot    = sum over the cell's columns of code * q      (int32, exact; the fill adds nothing)
+//   t      = float(dot) - z * float(sum)                  (exact: below 2^24; one fma or two steps alike)
+//   row    = t * scale                                    (scale widened from binary16)
+//   factor = factor of the cell                           (for tables: * step)
+//   column = activation_scale * factor
+//   y      = fma(row, column, y)
+//
+// with z the zero point (half of what is stored for 1-bit affine, 128 for tables, whose codes are
+// SmallTable::code), starting from y = 0, cells in stored order.
+//
+// Float results (exact mode, column kinds) keep that order of cells and are the same at every thread count
+// and batch, but levels may differ in the order in which a cell is added up:
+//
+//   acc    = sum over the cell's columns of (grid[code] - z) * x
+//   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1)
+//
+// The zero point leaves each code first: z * sum(x) taken from the sum of code * x afterwards would
+// cancel most of it.
 #pragma once
+
+#include <string>
+#include <vector>
 
 #include "layout.h"
 
@@ -60,5 +76,11 @@ const Level* avx512_level();
 // The level in use: the best one the CPU has, or the one that BITMOSAIC_CPU_LEVEL names (scalar, avx2,
 // avx512). Throws std::runtime_error naming the variable for a level that is unknown or not there.
 const Level& level();
+
+// Names of the levels that this build and this CPU have, best last.
+std::vector<std::string> level_names();
+
+// Put another level in use from the next call on. Throws std::invalid_argument for one that is not there.
+void use_level(const std::string& name);
 
 }  // namespace bitmosaic

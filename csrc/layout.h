@@ -110,6 +110,7 @@ struct Matrix {
     const WideTable* wide_table = nullptr;
     const int32_t* column_of = nullptr;   // stored column -> column of x; null when in order
     const int32_t* row_of = nullptr;      // stored row [out] -> row of y; null when in order
+    const int32_t* stored_row = nullptr;  // row of y [out] -> stored row, for `rows`; null when in order
     // Outliers by stored row: row r has entries [r ? outlier_end[r - 1] : 0, outlier_end[r]), columns being
     // stored columns, ascending. Where the format has a code for zero it stands in the outlier's
     // place and the delta is the value; elsewhere the delta is the value less the decoded code.

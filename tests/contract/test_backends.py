@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,19 @@ def check(name: str, tensor: QuantizedTensor, x: Tensor, bias: Tensor | None = N
             backend.prepare(tensor)
         return
     actual = backend.linear(x, backend.prepare(tensor), bias)
-    assert_matmul_close(actual, x, tensor.dequantize(x.dtype), bias)
+    try:
+        assert_matmul_close(actual, x, tensor.dequantize(), bias)
+    except AssertionError:  # a backend may also round the weight to x's dtype before it multiplies
+        assert_matmul_close(actual, x, tensor.dequantize(x.dtype), bias)
+
+
+def prepared(name: str, tensor: QuantizedTensor) -> Any:
+    """Prepare what must be supported wherever the backend runs at all."""
+    backend = backends.get(name)
+    objection = backend.objection(tensor, CPU)
+    if objection is not None and backend.objection(whole_matrix(gaussian(8, 8), "int4"), CPU):
+        pytest.skip(objection)
+    return backend.prepare(tensor)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,9 +128,9 @@ def test_nothing_given_is_changed(name: str) -> None:
 def test_rows_are_the_weights_rows(name: str, fmt: str, width: int, dtype: torch.dtype) -> None:
     tensor = whole_matrix(gaussian(37, width), fmt)
     backend = backends.get(name)
-    prepared = backend.prepare(tensor)
+    weight = prepared(name, tensor)
     for indices in (torch.tensor([[5, 0, 36], [5, 5, 1]]), torch.tensor(7), torch.empty(0).long()):
-        rows = backend.rows(prepared, indices, dtype)
+        rows = backend.rows(weight, indices, dtype)
         assert rows.dtype == dtype
         assert torch.equal(rows, tensor.dequantize(dtype)[indices])
 
@@ -134,7 +147,7 @@ def test_one_large_tile(name: str, fmt: str) -> None:
 def test_rows_of_any_layout(name: str) -> None:
     backend, tensor = backends.get(name), mixed((40, 72), (16, 24))
     indices = torch.tensor([3, 39, 3])
-    rows = backend.rows(backend.prepare(tensor), indices, torch.float32)
+    rows = backend.rows(prepared(name, tensor), indices, torch.float32)
     assert torch.equal(rows, tensor.dequantize()[indices])
 
 
@@ -143,9 +156,9 @@ def test_rows_of_any_layout(name: str) -> None:
 @pytest.mark.parametrize("width", [64, 60])
 def test_rows_outside_are_refused(name: str, index: int, width: int) -> None:
     backend = backends.get(name)
-    prepared = backend.prepare(whole_matrix(gaussian(37, width), "int8"))
+    weight = prepared(name, whole_matrix(gaussian(37, width), "int8"))
     with pytest.raises(IndexError):
-        backend.rows(prepared, torch.tensor([0, index]), torch.float32)
+        backend.rows(weight, torch.tensor([0, index]), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +172,7 @@ def test_one_flipped_code_is_noticed(name: str) -> None:
         other = replace(tensor, codes=codes)
         if torch.equal(other.dequantize(), tensor.dequantize()):
             continue  # filling bits, or an outlier that hides the code
-        actual = backend.linear(x, backend.prepare(other), None)
+        actual = backend.linear(x, prepared(name, other), None)
         with pytest.raises(AssertionError, match="off"):
             assert_matmul_close(actual, x, tensor.dequantize())
 

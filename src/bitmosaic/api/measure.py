@@ -18,6 +18,7 @@ from bitmosaic.evaluation.model import (
 )
 from bitmosaic.evaluation.perplexity import Progress
 from bitmosaic.integrations.loading import load
+from bitmosaic.linear import check_activations
 from bitmosaic.model.skeleton import resolve
 
 __all__ = ["evaluate", "generate", "load"]
@@ -35,6 +36,7 @@ def evaluate(
     windows: int | None = None,
     by_document: bool = False,
     calibration: str | Path | None = None,
+    activations: str = "exact",
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
@@ -50,6 +52,8 @@ def evaluate(
         by_document: Score each document by itself, up to `seqlen` tokens.
         calibration: The calibration text, to measure how much of `text` it contains; without it
             the sketch in recipe.json serves.
+        activations: "exact": the figures are the checkpoint's own.  "int8": they are those of the
+            fast mode in which `generate` runs, and the record adds what that costs against exact.
         dtype: float32, bfloat16 or float16.
         device: Where the models run.
         progress: Called with (windows done, windows in all).
@@ -72,6 +76,7 @@ def evaluate(
             calibration_documents=(
                 () if calibration is None else evaluation.read_text(calibration, "train")
             ),
+            activations=activations,
             dtype=_DTYPES[dtype],
             device=device,
             progress=progress,
@@ -93,14 +98,21 @@ def generate(
     tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    activations: str = "int8",
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Generation:
-    """Go on with a prompt by a model, packed or not; greedy unless a temperature is given."""
+    """Go on with a prompt by a model, packed or not; greedy unless a temperature is given.
+
+    Packed layers round their inputs to int8 unless `activations` is "exact".
+    """
+    check_activations(activations)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
     path = _open(model)
-    loaded = evaluation.load_model(path, dtype=_DTYPES[dtype], device=device)
+    loaded = evaluation.load_model(
+        path, activations=activations, dtype=_DTYPES[dtype], device=device
+    )
     return run_generation(
         loaded, open_tokenizer(path), prompt, tokens=tokens, temperature=temperature, seed=seed
     )

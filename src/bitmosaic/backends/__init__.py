@@ -14,12 +14,14 @@ import pkgutil
 
 import torch
 
-from bitmosaic.backends.base import Backend
+from bitmosaic.backends.base import ACTIVATIONS, Backend
 from bitmosaic.tensor import QuantizedTensor
 
-__all__ = ["Backend", "choose", "get", "names"]
+__all__ = ["ACTIVATIONS", "Backend", "choose", "get", "names"]
 
 logger = logging.getLogger(__name__)
+
+_warned: set[str] = set()
 
 
 def names() -> tuple[str, ...]:
@@ -41,10 +43,26 @@ def get(name: str) -> Backend:
     return module.BACKEND
 
 
-def choose(tensor: QuantizedTensor, device: torch.device | None = None) -> Backend:
-    """Return the highest-ranking backend that can run `tensor` on `device` (default: its own)."""
+def choose(
+    tensor: QuantizedTensor, device: torch.device | None = None, *, name: str = "weight"
+) -> Backend:
+    """Return the highest-ranking backend that can run `tensor` on `device` (default: its own).
+
+    Where that is the slow reference, a warning names the weight and the others' objections: once
+    for the same objections, however many weights meet them.
+    """
     place = device or tensor.device
-    return next(backend for backend in _by_rank() if backend.supports(tensor, place))
+    objections = []
+    for backend in _by_rank():
+        objection = backend.objection(tensor, place)
+        if objection is None:
+            break
+        objections.append(f"{backend.name}: {objection}")
+    reasons = " ".join(objections)
+    if backend.rank == 0 and reasons and reasons not in _warned:
+        _warned.add(reasons)
+        logger.warning("%s runs on the slow reference backend. %s", name, reasons)
+    return backend
 
 
 @functools.cache

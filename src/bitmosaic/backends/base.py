@@ -10,6 +10,9 @@ from torch import Tensor
 
 from bitmosaic.tensor import QuantizedTensor
 
+ACTIVATIONS = ("exact", "int8")
+"""What `Backend.linear` may do to activations: nothing, or round them to int8."""
+
 
 class Backend(ABC):
     """Runs packed tensors on some kind of device.
@@ -39,8 +42,20 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def linear(self, x: Tensor, prepared: Any, bias: Tensor | None = None) -> Tensor:
-        """Return x [..., in] times the weight transposed, plus bias: [..., out] in x's dtype."""
+    def linear(
+        self,
+        x: Tensor,
+        prepared: Any,
+        bias: Tensor | None = None,
+        *,
+        activations: str = "exact",
+    ) -> Tensor:
+        """Return x [..., in] times the weight transposed, plus bias: [..., out] in x's dtype.
+
+        `activations` is one of ACTIVATIONS.  "int8" is a permission, not a duty: the backend may
+        round x to int8 with one scale for each token and 128 in_channels (in stored order) where
+        that is faster.
+        """
 
     @abstractmethod
     def rows(self, prepared: Any, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,15 @@ class ReferenceBackend(Backend):
         """Take the tensor as it is."""
         return tensor
 
-    def linear(self, x: Tensor, prepared: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply by the dequantized weight, in x's dtype."""
+    def linear(
+        self,
+        x: Tensor,
+        prepared: QuantizedTensor,
+        bias: Tensor | None = None,
+        *,
+        activations: str = "exact",
+    ) -> Tensor:
+        """Multiply by the dequantized weight, in x's dtype; activations stay exact."""
         return functional.linear(x, _dequantize(prepared, x.dtype), bias)
 
     def rows(self, prepared: QuantizedTensor, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.tensor import ARRAYS, OUTLIER_DTYPES, QuantizedTensor, map_bits
 from bitmosaic.tiling import Section, grid_shape, sections
@@ -29,6 +28,18 @@ _MOST_WEIGHTS = 1 << 36
 _MOST_TILES = 1 << 28
 """Limits of one packed tensor: pruned tiles store nothing, so that file sizes alone bound neither
 the tile map nor the decoded weight (16 times the largest matrix in use, a 256k x 16k embedding)."""
+
+
+_NOT_FINITE = {
+    "fp32": ("<u4", 0x7F800000),
+    "fp16": ("<u2", 0x7C00),
+    "bf16": ("<u2", 0x7F80),
+    "e4m3": ("u1", 0x7F),
+    "e8m0": ("u1", 0xFF),
+}
+"""By type of stored numbers: the unsigned integer of its size, and the bits that are all ones in
+infinities and NaN only.  Checked so by numpy, on one thread, a 1 B model takes 20 ms; torch's
+isfinite waits for OpenMP threads 450 times and took 5 s while another process held a core."""
 
 
 def describe(tensor: QuantizedTensor) -> dict[str, Any]:
@@ -181,13 +192,14 @@ def _expect(name: str, key: str, array: Tensor, size: int) -> None:
 
 def _check_finite(name: str, key: str, array: Tensor, parts: list[Section]) -> None:
     """Refuse scales or learned grids that hold infinity or NaN: they would spread silently."""
-    start = 0
+    stored, start = array.cpu().numpy(), 0
     for part in parts:
         size = part.array_bytes().get(key, 0)
         kind = part.format.scale_format if key == "scales" else part.format.learned_grid
         if kind is not None:
-            values = array[start : start + size].clone().view(SCALE_DTYPES[kind])
-            if not bool(values.to(torch.float32).isfinite().all()):
+            number, mask = _NOT_FINITE[kind]
+            values = stored[start : start + size].view(number)
+            if bool((values & mask == mask).any()):
                 raise ValueError(f"{name}.{key} must be finite. The file is damaged.")
         start += size
 

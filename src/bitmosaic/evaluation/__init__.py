@@ -5,6 +5,7 @@ from bitmosaic.evaluation.overlap import overlap, warn_of_overlap
 from bitmosaic.evaluation.perplexity import PerplexityResult, perplexity
 from bitmosaic.evaluation.record import (
     EvaluationText,
+    activations_cost,
     divergence_figures,
     evaluate,
     load_model,
@@ -25,6 +26,7 @@ __all__ = [
     "DivergenceResult",
     "EvaluationText",
     "PerplexityResult",
+    "activations_cost",
     "divergence",
     "divergence_figures",
     "document_sequences",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +13,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitmosaic.backends import cpu
+from bitmosaic.evaluation.cache import growing_cache
 from bitmosaic.evaluation.perplexity import evaluating, vocabulary_size
+from bitmosaic.linear import PackedModule
 
 __all__ = ["Generation", "generate"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text: the new part alone, its tokens, and the seconds that they took."""
+    """A generated text: the new part alone, its tokens, and the seconds that it took.
+
+    `prompt_seconds` is the pass over the prompt, which gives the first token, and `seconds` all the
+    rest.
+    """
 
     prompt: str
     text: str
     tokens: int
     seconds: float
+    prompt_tokens: int
+    prompt_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed, the prompt's own pass included."""
-        return self.tokens / max(self.seconds, 1e-9)
+        """Speed token by token, after the prompt's own pass; 0 where that gave the only token."""
+        return max(0, self.tokens - 1) / max(self.seconds, 1e-9)
 
 
 def generate(
@@ -53,12 +65,14 @@ def generate(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     _check_prompt(start, limit, vocabulary_size(model))
     count = tokens if limit is None else min(tokens, limit - len(start) + 1)
-    began = time.monotonic()
     with evaluating(model):
-        found = _run(model, start, count, temperature, torch.Generator().manual_seed(seed))
+        steps = _steps(model, start, temperature, torch.Generator().manual_seed(seed))
+        found, times = _run(steps, _stops(model), count)
     text = tokenizer.decode([*start, *found], skip_special_tokens=True)
     before = tokenizer.decode(start, skip_special_tokens=True)
-    return Generation(prompt, text[len(before) :], len(found), time.monotonic() - began)
+    return Generation(
+        prompt, text[len(before) :], len(found), times[1], len(start), prompt_seconds=times[0]
+    )
 
 
 def _check_prompt(start: list[int], limit: int | None, vocabulary: int) -> None:
@@ -76,25 +90,49 @@ def _check_prompt(start: list[int], limit: int | None, vocabulary: int) -> None:
         )
 
 
-def _run(
-    model: PreTrainedModel,
-    start: list[int],
-    count: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> list[int]:
+def _stops(model: PreTrainedModel) -> set[int | None]:
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    stops = set(ends) if isinstance(ends, list) else {ends}
-    inputs, cache, found = torch.tensor([start], device=model.device), None, []
-    for _ in range(count):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        token = _choose(output.logits[0, -1], temperature, generator)
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _run(
+    steps: Iterator[int], stops: set[int | None], count: int
+) -> tuple[list[int], tuple[float, float]]:
+    """Collect tokens; also the seconds of the first step and of all others."""
+    began = first = time.perf_counter()
+    found: list[int] = []
+    for number, token in zip(range(count), steps, strict=False):
+        if number == 0:
+            first = time.perf_counter()
         if token in stops:
             break
         found.append(token)
-        cache = output.past_key_values
+    return found, (first - began, time.perf_counter() - first)
+
+
+def _steps(
+    model: PreTrainedModel, start: list[int], temperature: float, generator: torch.Generator
+) -> Iterator[int]:
+    """Yield one token after the other, each found when it is asked for."""
+    options: dict[str, Any] = {"past_key_values": growing_cache(model.config), "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # of the prompt; those of its other tokens take memory only
+    native = _runs_natively(model)
+    inputs = torch.tensor([start], device=model.device)
+    output = model(input_ids=inputs, **options)
+    while True:
+        token = _choose(output.logits[0, -1], temperature, generator)
+        yield token
         inputs = torch.tensor([[token]], device=model.device)
-    return found
+        with cpu.torch_alone() if native else nullcontext():
+            output = model(input_ids=inputs, **options)
+
+
+def _runs_natively(model: PreTrainedModel) -> bool:
+    """Tell whether most of the model's bytes are multiplied by the kernels of the cpu backend."""
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    native = sum(each.packed.nbytes for each in packed if each.prepare()[0] is cpu.BACKEND)
+    return native > sum(each.nbytes for each in model.parameters())
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

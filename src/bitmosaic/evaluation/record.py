@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bitmosaic import __version__
@@ -32,10 +32,12 @@ from bitmosaic.evaluation.text import (
     text_digest,
     token_windows,
 )
+from bitmosaic.linear import PackedModule, check_activations, set_activations
 from bitmosaic.model.skeleton import resolve
 
 __all__ = [
     "EvaluationText",
+    "activations_cost",
     "divergence_figures",
     "evaluate",
     "load_model",
@@ -68,12 +70,17 @@ def evaluate(
     by_document: bool = False,
     reference: str | Path | None = None,
     calibration_documents: Sequence[str] = (),
+    activations: str = "exact",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on a text and return the record.
+
+    Figures describe the checkpoint itself where activations are exact. With "int8" they include
+    what a backend loses by rounding activations, and the record holds that cost by itself as well:
+    `exact_perplexity`, and divergence of int8 from exact activations (`int8_kl_mean` and so on).
 
     Args:
         model: Checkpoint directory or hub id, quantized or not.
@@ -85,17 +92,19 @@ def evaluate(
         reference: The original; adds KL divergence, agreement and its own perplexity.
         calibration_documents: What the model was calibrated on; adds the share of the evaluated
             text that it contains, with a warning above one hundredth.
+        activations: "exact", or "int8" for what a packed model computes with by default.
         dtype: Type in which both models compute.
         device: Where both models run.
         batch: Windows run at once.
         progress: Called with (windows done, windows in all).
     """
+    check_activations(activations)
     path = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     chosen = open_text(
         tokenizer, text, seqlen=seqlen, split=split, limit=limit, by_document=by_document
     )
-    ours = load_model(path, dtype=dtype, device=device)
+    ours = load_model(path, activations=activations, dtype=dtype, device=device)
     record: dict[str, Any] = {
         "model": str(model),
         "model_digest": model_digest(path),
@@ -103,6 +112,7 @@ def evaluate(
         "text_digest": text_digest(chosen.documents),
         "protocol": "documents" if by_document else "windows",
         "dtype": str(dtype).removeprefix("torch."),
+        "activations": activations,
         "versions": versions(),
     }
     used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
@@ -116,8 +126,59 @@ def evaluate(
         moved = divergence(ours, theirs, chosen.windows, batch=batch, progress=progress)
         record |= {"reference": str(reference), "reference_digest": model_digest(origin)}
         record |= divergence_figures(moved)
+    if activations == "int8":
+        record |= activations_cost(ours, chosen.windows, batch=batch, progress=progress)
     record["seconds"] = round(time.monotonic() - began, 3)
     return record
+
+
+def activations_cost(
+    model: PreTrainedModel,
+    windows: Tensor | Sequence[Tensor],
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what int8 activations cost a packed model: both perplexities, KL(exact ‖ int8).
+
+    Keys: `exact_perplexity` and `int8_perplexity`, `int8_kl_mean`, `int8_kl_median`, `int8_kl_p99`
+    and `int8_top1_agreement`.  The model is left with int8 activations.
+    """
+    if not any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError(
+            "activations must be exact for a model that is not packed, not 'int8'. Use exact."
+        )
+    modes = (_InMode(model, "int8"), _InMode(model, "exact"))
+    try:
+        found = divergence(*modes, windows, batch=batch, progress=progress)
+    finally:
+        set_activations(model, "int8")
+    return {
+        "exact_perplexity": found.reference.perplexity,
+        "int8_perplexity": found.model.perplexity,
+        "int8_kl_mean": found.kl_mean,
+        "int8_kl_median": found.kl_median,
+        "int8_kl_p99": found.kl_p99,
+        "int8_top1_agreement": found.top1_agreement,
+    }
+
+
+class _InMode(nn.Module):
+    """A model that computes with one kind of activations; two of them may share the model."""
+
+    def __init__(self, model: PreTrainedModel, activations: str) -> None:
+        super().__init__()
+        self.model, self.activations = model, activations
+        self.device = model.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the model's."""
+        return self.model.get_input_embeddings()
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model in this mode."""
+        set_activations(self.model, self.activations)
+        return self.model(**inputs)
 
 
 def _overlap_with_calibration(
@@ -189,12 +250,16 @@ def open_text(
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: Path,
+    *,
+    activations: str = "exact",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Load a causal language model, refusing one of which any weight would be made up.
 
     transformers fills missing weights with random numbers and goes on; that is never what is to be
-    measured.
+    measured.  `activations` is how packed layers compute: "exact" or "int8".
     """
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     missing = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
@@ -203,6 +268,7 @@ def load_model(
             f"{path} must hold every weight of its model, not lack {len(missing)} of them "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Copy it again."
         )
+    set_activations(model, activations)
     return model.to(device).eval()
 
 

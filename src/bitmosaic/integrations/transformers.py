@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import HfQuantizer, auto
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -35,7 +35,14 @@ from bitmosaic.checkpoint import (
     read_entries,
 )
 from bitmosaic.formats import UnsupportedError
-from bitmosaic.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedHead
+from bitmosaic.linear import (
+    PackedModule,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TiedHead,
+    check_activations,
+    set_activations,
+)
 from bitmosaic.model.experts import normalise
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
 
@@ -50,6 +57,9 @@ class BitmosaicConfig(QuantizationConfigMixin):
     Args:
         format_version: version of the layout, see docs/format-spec.md.
         tensors: shape, tile and formats of each packed weight by its module's path.
+        activations: how the model will compute, "int8" (fast) or "exact"; a choice of each run,
+            which is not saved: ``from_pretrained(..., quantization_config=BitmosaicConfig(
+            activations="exact"))``.
         others: kept as they are, so that saving a loaded model loses nothing.
     """
 
@@ -58,14 +68,24 @@ class BitmosaicConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         tensors: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
+        activations: str = "int8",
         **others: Any,
     ) -> None:
         # Taken over unchecked: `check_description` names what is wrong or missing before any use.
         self.quant_method = quant_method
         self.format_version = format_version
         self.tensors = tensors
+        self.activations = check_activations(activations)
         for key, value in others.items():
             setattr(self, key, value)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Tell transformers what a configuration given to `from_pretrained` decides."""
+        return {"activations": self.activations}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds: all but the choice of this run."""
+        return {key: value for key, value in super().to_dict().items() if key != "activations"}
 
 
 class BitmosaicQuantizer(HfQuantizer):
@@ -104,9 +124,12 @@ class BitmosaicQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, PackedModule):
-                module.prepare()
+        set_activations(model, self.quantization_config.activations)
+        packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+        # While a module is prepared, its file's pages and its prepared copy are both in memory: the
+        # largest one first, when there is least else.
+        for module in sorted(packed, key=lambda module: -module.packed.nbytes):
+            module.prepare()
         return model
 
     def is_serializable(self) -> bool:
@@ -123,6 +146,9 @@ def register() -> None:
     """Make transformers know quant_method "bitmosaic"; does nothing the second time."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(BitmosaicConfig)
+        # The list of classes that `from_pretrained(quantization_config=...)` may be given beside a
+        # checkpoint's own; there is no function to join it.
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (BitmosaicConfig,)
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(BitmosaicQuantizer)
 

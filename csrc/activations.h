@@ -1,0 +1,68 @@
+// x as the kernels read it: in the order of the stored columns, rounded to int8 by block, or as floats.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bitmosaic {
+
+// Memory that grows, is used again, and loses what it held when it grows. 64-byte aligned; 64 bytes
+// beyond the end are readable.
+template <class T>
+class Buffer {
+public:
+    T* reserve(size_t count) {
+        if (count > count_) {
+            data_.reset(new (std::align_val_t(64)) T[count + 64 / sizeof(T)]());
+            count_ = count;
+        }
+        return data_.get();
+    }
+    T* get() const { return data_.get(); }
+
+private:
+    struct Free {
+        void operator()(T* data) const { ::operator delete[](data, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Free> data_;
+    size_t count_ = 0;
+};
+
+// From this many tokens on, outliers meet x transposed.
+constexpr int kTransposed = 9;
+
+// One calling thread's activations; what it held for the last call is used again where x is the same.
+class Activated {
+public:
+    // Prepare x [tokens, in], contiguous. The result is valid until the next call.
+    const Activations& operator()(const Matrix& m, const void* x, Scalar type, int tokens, Pass pass,
+                                  int threads);
+
+    // x [columns][transposed_stride()], where the matrix has outliers and there are kTransposed tokens.
+    const float* transposed() const { return transposed_.get(); }
+    size_t transposed_stride() const { return (static_cast<size_t>(view_.tokens) + 15) / 16 * 16; }
+
+private:
+    struct Task;
+    bool same(const Matrix& m, const void* x, Scalar type, int tokens, size_t bytes) const;
+    void remember(const Matrix& m, const void* x, Scalar type, size_t bytes);
+
+    Activations view_;
+    Buffer<int8_t> q_;
+    Buffer<float> scale_, x_, transposed_;
+    Buffer<int32_t> sum_;
+
+    // What the buffers were made from, and which of them are filled. Contents are compared, not addresses.
+    size_t known_bytes_ = 0;  // of x; 0: nothing is known
+    Scalar known_type_ = Scalar::f32;
+    uint32_t known_in_ = 0;
+    bool has_q_ = false, has_x_ = false;
+    Buffer<uint8_t> known_x_;
+    std::vector<Segment> known_segments_;  // those of sum_; none: sum_ is not filled
+};
+
+}  // namespace bitmosaic

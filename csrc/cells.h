@@ -1,0 +1,74 @@
+// How to read a cell, field by field: the definition of layout.h in code, for those who need no speed.
+#pragma once
+
+#include "layout.h"
+#include "floats.h"
+
+namespace bitmosaic {
+
+// The field of a part of 1, 2, 3, 4 or 8 bits.
+inline int part_code(const uint8_t* part, int bits, int row, int column) {
+    const int set = row / 16, quad = column / 4, odd = quad % 2;
+    const uint8_t* byte = part + row % 16 * 4 + column % 4;
+    const auto vector = [byte](int index) { return static_cast<int>(byte[64 * index]); };
+    switch (bits) {
+        case 8: return vector(4 * quad + set);
+        case 4: return vector(2 * quad + set / 2) >> 4 * (set % 2) & 15;
+        case 2: return vector(quad) >> 2 * set & 3;
+        case 1: return vector(quad / 2) >> (4 * odd + set) & 1;
+        default: break;
+    }
+    const int own = vector(quad / 2 * 3 + 2 * odd), shared = vector(quad / 2 * 3 + 1);  // A or C, and B
+    if (set < 2) return own >> 3 * set & 7;
+    return set == 2 ? own >> 6 << 1 | (shared >> (6 + odd) & 1) : shared >> 3 * odd & 7;
+}
+
+// The code of a cell of a quad kind, bits 1 to 8. `codes` follows the header.
+inline int quad_code(const uint8_t* codes, int bits, uint32_t length, int row, int column) {
+    if (bits <= 4 || bits == 8) return part_code(codes, bits, row, column);
+    const uint8_t* rest = codes + quads(length) * 32 * 4;
+    return part_code(codes, 4, row, column) | part_code(rest, bits - 4, row, column) << 4;
+}
+
+inline uint16_t read16(const uint8_t* p) {
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    return value;
+}
+
+// The value of a cell of a column kind, before the scale.
+inline float column_value(const uint8_t* codes, Kind kind, const WideTable* table, int row, int column) {
+    const uint8_t* p = codes + column_bytes(kind) * column;
+    switch (kind) {
+        case Kind::wide_table: return table->value[p[row]];
+        case Kind::half: return half_to_float(read16(p + 2 * row));
+        case Kind::bfloat: return bfloat_to_float(read16(p + 2 * row));
+        default: break;
+    }
+    float value;
+    std::memcpy(&value, p + 4 * row, 4);
+    return value;
+}
+
+inline float scale_of(const uint8_t* cell, int row) { return half_to_float(read16(cell + 2 * row)); }
+
+inline float zero_point_of(const uint8_t* cell, const Run& run, int row) {
+    const float stored = cell[128 + row];
+    return run.kind == Kind::affine && run.bits == 1 ? stored / 2 : stored;
+}
+
+// grid[code] - zero_point of any kind of cell.
+inline float cell_value(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes, int row,
+                        int column) {
+    const uint8_t* codes = bytes + kHeader;
+    const uint32_t length = m.segment[cell.segment].length;
+    if (run.kind == Kind::affine) {
+        const int code = quad_code(codes, run.bits, length, row, column);
+        return static_cast<float>(code) - zero_point_of(bytes, run, row);
+    }
+    if (run.kind == Kind::table)
+        return m.small_table[cell.table].value[quad_code(codes, run.bits, length, row, column)];
+    return column_value(codes, run.kind, m.wide_table + cell.table, row, column);
+}
+
+}  // namespace bitmosaic

@@ -1,0 +1,395 @@
+// Feeds random weights, sound and damaged, to everything that takes a file's arrays: `fuzz_pack [runs] [seed]`.
+//
+// A sound one must come out as an independent reading of docs/format-spec.md says, bit for bit by `rows` and
+// column by column by `linear`; a damaged one must be refused by std::invalid_argument or be sound after all.
+// Each array stands alone on the heap, so that the address sanitizer sees any read beyond it.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "kernels.h"
+#include "linear.h"
+#include "numbers.h"
+
+namespace bitmosaic {
+namespace {
+
+using Array = std::vector<uint8_t>;
+
+struct Random {
+    std::mt19937_64 bits;
+
+    int64_t from(int64_t low, int64_t high) {  // both may come out
+        return std::uniform_int_distribution<int64_t>(low, high)(bits);
+    }
+    bool one_in(int n) { return from(1, n) == 1; }
+    template <typename T>
+    T pick(std::initializer_list<T> choices) {
+        return choices.begin()[from(0, static_cast<int64_t>(choices.size()) - 1)];
+    }
+    Array bytes(size_t count) {
+        Array array(count);
+        for (uint8_t& byte : array) byte = static_cast<uint8_t>(bits());
+        return array;
+    }
+};
+
+// The arrays of one weight. `tensor` points into them.
+struct Weight {
+    FileTensor tensor;
+    Array arrays[10];
+
+    Bytes* places(int index) {
+        Bytes* const all[] = {&tensor.codes, &tensor.scales, &tensor.zero_points, &tensor.grids,
+                              &tensor.tile_map, &tensor.in_permutation, &tensor.out_permutation,
+                              &tensor.outlier_values, &tensor.outlier_columns, &tensor.outlier_counts};
+        return all[index];
+    }
+    void point() {
+        for (int i = 0; i < 10; ++i) {
+            arrays[i].shrink_to_fit();
+            *places(i) = {arrays[i].data(), arrays[i].size()};
+        }
+    }
+};
+enum { codes, scales, zero_points, grids, tile_map, in_permutation, out_permutation, values, columns, counts };
+
+std::vector<float> random_grid(Random& random, int bits) {
+    std::vector<float> grid(size_t{1} << bits);
+    const int kind = static_cast<int>(random.from(0, 3));
+    for (size_t code = 0; code < grid.size(); ++code) {
+        const auto small = static_cast<float>(random.from(-6, 6));
+        grid[code] = kind == 0 ? small / 4 : static_cast<float>(random.from(-100000, 100000)) / 777;
+        if (bits == 8 && kind == 1) grid[code] = e4m3_to_float(static_cast<uint8_t>(code));
+        if (bits == 8 && kind == 2) grid[code] = e5m2_to_float(static_cast<uint8_t>(code));
+        if (kind == 3 && random.one_in(8)) grid[code] = random.pick({NAN, 0.0f, -0.0f, 1e-42f, 1e30f});
+        if (!std::isfinite(grid[code])) grid[code] = NAN;
+    }
+    return grid;
+}
+
+FormatFacts random_format(Random& random) {
+    FormatFacts format;
+    format.bits = static_cast<int>(random.one_in(12) ? 0 : random.one_in(12) ? 16 : random.from(1, 8));
+    format.group = random.pick<int64_t>({0, 0, 1, 5, 8, 16, 32, 48, 100, 128, 256, 999999999});
+    format.tensor_scale = random.one_in(6) ? random.pick({1.0f, 0.3f, 0x1p-120f, 0x1p120f}) : 0x1p-13f;
+    if (format.bits == 16) {
+        const bool half = random.one_in(2);
+        format.grid.resize(65536);
+        for (int code = 0; code < 65536; ++code) {
+            const auto pattern = static_cast<uint16_t>(code);
+            const float value = half ? half_to_float(pattern) : bfloat_to_float(pattern);
+            format.grid[code] = std::isfinite(value) ? value : NAN;
+        }
+        return format;
+    }
+    format.scale = random.pick({ScaleType::none, ScaleType::fp16, ScaleType::fp16, ScaleType::fp16,
+                                ScaleType::fp16, ScaleType::e4m3, ScaleType::e8m0});
+    format.affine = !random.one_in(4);
+    if (format.affine) {
+        format.zero_points = random.one_in(2);
+        const auto middle = static_cast<float>(1 << format.bits) / 2;
+        format.fixed_zero_point = random.pick({0.0f, middle, middle, middle - 0.5f, middle - 0.5f, 200.0f, -1.5f});
+        if (format.bits == 1 && random.one_in(2)) format.fixed_zero_point = 0.5f;
+    } else if (random.one_in(2)) {
+        format.learned_grid = random.pick({ScaleType::fp16, ScaleType::bf16, ScaleType::fp32, ScaleType::e4m3});
+    } else {
+        format.grid = random_grid(random, format.bits);
+    }
+    return format;
+}
+
+// An independent reading of the format: where each tile's parts begin, in section order.
+struct Reader {
+    struct TilePlace {
+        int format = 0;
+        int64_t rows = 0, columns = 0, groups = 0;
+        size_t codes = 0, scales = 0, zero_points = 0, grids = 0;
+    };
+    const FileTensor& t;
+    int64_t wide;
+    std::vector<TilePlace> tiles;
+    size_t ends[4] = {};
+
+    Reader(const FileTensor& tensor, const std::vector<int>& map) : t(tensor) {
+        wide = (t.in + t.tile_columns - 1) / t.tile_columns;
+        tiles.resize(map.size());
+        const int formats = static_cast<int>(t.formats.size());
+        for (int section = 0; section < 4 * formats; ++section)
+            for (size_t i = 0; i < map.size(); ++i) {
+                const int64_t top = static_cast<int64_t>(i) / wide * t.tile_rows;
+                const int64_t left = static_cast<int64_t>(i) % wide * t.tile_columns;
+                const bool low = top + t.tile_rows > t.out, narrow = left + t.tile_columns > t.in;
+                if (section == 4 * map[i] + 2 * low + narrow) lay(tiles[i], map[i], top, left);
+            }
+    }
+
+    void lay(TilePlace& tile, int index, int64_t top, int64_t left) {
+        const FormatFacts& format = t.formats[index];
+        tile.format = index;
+        tile.rows = std::min(t.tile_rows, t.out - top);
+        tile.columns = std::min(t.tile_columns, t.in - left);
+        tile.groups = format.group ? (tile.columns + format.group - 1) / format.group : 1;
+        tile.codes = ends[0];
+        tile.scales = ends[1];
+        tile.zero_points = ends[2];
+        tile.grids = ends[3];
+        ends[0] += format.bits * ((tile.rows * tile.columns + 7) / 8);
+        ends[1] += item_bytes(format.scale) * tile.rows * tile.groups;
+        ends[2] += format.zero_points ? format.bits * ((tile.rows * tile.groups + 7) / 8) : 0;
+        ends[3] += item_bytes(format.learned_grid) << format.bits;
+    }
+
+    static int number(const uint8_t* planes, int64_t count, int bits, int64_t index) {
+        int value = 0;
+        for (int bit = 0; bit < bits; ++bit)
+            value |= (planes[bit * ((count + 7) / 8) + index / 8] >> index % 8 & 1) << bit;
+        return value;
+    }
+
+    float value(int64_t row, int64_t column) const {  // of the stored matrix; NaN where a code means none
+        const TilePlace& tile = tiles[row / t.tile_rows * wide + column / t.tile_columns];
+        const FormatFacts& format = t.formats[tile.format];
+        if (!format.bits) return 0;
+        const int64_t r = row % t.tile_rows, c = column % t.tile_columns;
+        const int64_t group = r * tile.groups + (format.group ? c / format.group : 0);
+        const int code = number(t.codes.data + tile.codes, tile.rows * tile.columns, format.bits, r * tile.columns + c);
+        const size_t grid_item = item_bytes(format.learned_grid);
+        float value = format.affine  ? static_cast<float>(code)
+                      : grid_item    ? read_number(format.learned_grid, t.grids.data + tile.grids + code * grid_item)
+                                     : format.grid[code];
+        value -= format.zero_points ? static_cast<float>(number(t.zero_points.data + tile.zero_points,
+                                                                tile.rows * tile.groups, format.bits, group))
+                                    : format.fixed_zero_point;
+        if (format.scale != ScaleType::none)
+            value *= read_number(format.scale, t.scales.data + tile.scales + group * item_bytes(format.scale));
+        return value * format.tensor_scale;
+    }
+};
+
+Array store_indices(const std::vector<int64_t>& indices, bool wide) {
+    Array array;
+    for (const int64_t index : indices)
+        for (int byte = 0; byte < (wide ? 4 : 2); ++byte) array.push_back(static_cast<uint8_t>(index >> 8 * byte));
+    return array;
+}
+
+std::vector<int64_t> random_order(Random& random, int64_t length) {
+    std::vector<int64_t> order(length);
+    for (int64_t i = 0; i < length; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random.bits);
+    return order;
+}
+
+// Number types whose random bytes may mean infinity or NaN get other bytes.
+void make_finite(Random& random, ScaleType type, uint8_t* p, size_t count) {
+    for (const size_t item = item_bytes(type); count; --count, p += item) {
+        if (type == ScaleType::e8m0 && !random.one_in(40)) *p = static_cast<uint8_t>(random.from(115, 135));
+        while (!std::isfinite(read_number(type, p))) p[item - 1] = static_cast<uint8_t>(random.bits());
+    }
+}
+
+struct Sound {
+    Weight weight;
+    std::vector<float> matrix;  // decoded, [out][in] in original order; NaN where a code means nothing
+};
+
+void add_outliers(Random& random, Sound& sound) {
+    Weight& w = sound.weight;
+    const bool wide = random.one_in(3);
+    w.tensor.outlier_type = random.pick({ScaleType::fp16, ScaleType::bf16, ScaleType::fp32});
+    std::vector<int64_t> places, numbers;
+    const int64_t rare = random.from(2, 60);
+    for (int64_t row = 0; row < w.tensor.out; ++row) {
+        const size_t before = places.size();
+        for (int64_t column = 0; column < w.tensor.in; ++column)
+            if (random.one_in(static_cast<int>(rare))) places.push_back(column);
+        numbers.push_back(static_cast<int64_t>(places.size() - before));
+    }
+    if (places.empty()) return;
+    const size_t item = item_bytes(w.tensor.outlier_type);
+    w.arrays[values] = random.bytes(places.size() * item);
+    make_finite(random, w.tensor.outlier_type, w.arrays[values].data(), places.size());
+    w.arrays[columns] = store_indices(places, wide);
+    w.arrays[counts] = store_indices(numbers, wide);
+    size_t next = 0;
+    for (int64_t row = 0; row < w.tensor.out; ++row)
+        for (int64_t i = 0; i < numbers[row]; ++i, ++next)
+            sound.matrix[row * w.tensor.in + places[next]] =
+                read_number(w.tensor.outlier_type, w.arrays[values].data() + next * item);
+}
+
+Sound random_weight(Random& random) {
+    Sound sound;
+    Weight& w = sound.weight;
+    FileTensor& t = w.tensor;
+    t.out = random.from(1, random.pick<int64_t>({3, 70, 200}));
+    t.in = random.from(1, random.pick<int64_t>({3, 130, 400}));
+    t.tile_rows = random.pick<int64_t>({1, 16, 24, 64, 64, 64, 100, 128, 5000000000 / 4});
+    t.tile_columns = random.pick<int64_t>({1, 16, 24, 72, 128, 128, 128, 200, 2147483647});
+    const int count = static_cast<int>(random.from(1, 5));
+    for (int i = 0; i < count; ++i) t.formats.push_back(random_format(random));
+    const int64_t tiles = ((t.out + t.tile_rows - 1) / t.tile_rows) * ((t.in + t.tile_columns - 1) / t.tile_columns);
+    std::vector<int> map(tiles);
+    for (int& entry : map) entry = static_cast<int>(random.from(0, count - 1));
+    const int map_bits = count > 4 ? 3 : count > 2 ? 2 : count - 1;
+    w.arrays[tile_map].resize(map_bits * ((tiles + 7) / 8));
+    for (int64_t i = 0; i < tiles; ++i)
+        for (int bit = 0; bit < map_bits; ++bit)
+            w.arrays[tile_map][bit * ((tiles + 7) / 8) + i / 8] |= (map[i] >> bit & 1) << i % 8;
+    Reader reader(t, map);
+    w.arrays[codes] = random.bytes(reader.ends[0]);
+    w.arrays[scales] = random.bytes(reader.ends[1]);
+    w.arrays[zero_points] = random.bytes(reader.ends[2]);
+    w.arrays[grids] = random.bytes(reader.ends[3]);
+    for (const auto& tile : reader.tiles) {
+        const FormatFacts& format = t.formats[tile.format];
+        make_finite(random, format.scale, w.arrays[scales].data() + tile.scales,
+                    format.scale == ScaleType::none ? 0 : tile.rows * tile.groups);
+        make_finite(random, format.learned_grid, w.arrays[grids].data() + tile.grids,
+                    format.learned_grid == ScaleType::none ? 0 : size_t{1} << format.bits);
+    }
+    std::vector<int64_t> rows = random_order(random, t.out), places = random_order(random, t.in);
+    if (random.one_in(2)) std::sort(rows.begin(), rows.end());
+    else w.arrays[out_permutation] = store_indices(rows, random.one_in(2));
+    if (random.one_in(2)) std::sort(places.begin(), places.end());
+    else w.arrays[in_permutation] = store_indices(places, random.one_in(2));
+    w.point();
+    sound.matrix.resize(t.out * t.in);
+    for (int64_t row = 0; row < t.out; ++row)
+        for (int64_t column = 0; column < t.in; ++column)
+            sound.matrix[rows[row] * t.in + places[column]] = reader.value(row, column);
+    if (random.one_in(2)) add_outliers(random, sound);
+    w.point();
+    return sound;
+}
+
+void damage(Random& random, Weight& w) {
+    FileTensor& t = w.tensor;
+    const auto wild = [&] {
+        return random.pick<int64_t>({0, -1, 1, 2, 63, 65, 129, 65536, 1 << 30, INT32_MAX, int64_t{1} << 31,
+                                     int64_t{1} << 33, int64_t{1} << 62, INT64_MIN, INT64_MAX});
+    };
+    Array& array = w.arrays[random.from(0, 9)];
+    FormatFacts& format = t.formats[random.from(0, static_cast<int64_t>(t.formats.size()) - 1)];
+    switch (random.from(0, 15)) {
+        case 0: t.out = wild(); break;
+        case 1: t.in = wild(); break;
+        case 2: t.tile_rows = wild(); break;
+        case 3: t.tile_columns = wild(); break;
+        case 4: array.clear(); break;
+        case 5: array.resize(random.from(0, static_cast<int64_t>(2 * array.size() + 3))); break;
+        case 6: array.resize(std::max<size_t>(array.size(), 1) - 1); break;
+        case 7: array.push_back(static_cast<uint8_t>(random.bits())); break;
+        case 8: format.bits = static_cast<int>(random.pick<int64_t>({-1, 0, 1, 3, 8, 9, 15, 16, 17, 64, 1 << 30})); break;
+        case 9: format.group = wild(); break;
+        case 10: format.scale = static_cast<ScaleType>(random.from(0, 7)); break;
+        case 11: format.tensor_scale = random.pick({0.0f, -1.0f, NAN, INFINITY, 1e-44f, 3e38f}); break;
+        case 12: format.fixed_zero_point = random.pick({NAN, -INFINITY, 1e30f, 255.5f, -1.0f}); break;
+        case 13: format.zero_points = !format.zero_points; break;
+        case 14: format.grid.resize(random.from(0, 300)); break;
+        default:
+            for (int64_t flips = random.from(1, 9); flips && !array.empty(); --flips)
+                array[random.from(0, static_cast<int64_t>(array.size()) - 1)] ^= uint8_t(1 << random.from(0, 7));
+    }
+    w.point();
+}
+
+[[noreturn]] void fail(const char* what, int64_t row, int64_t column, float wanted, float got) {
+    std::fprintf(stderr, "%s at row %lld, column %lld: %.9g in place of %.9g\n", what,
+                 static_cast<long long>(row), static_cast<long long>(column), got, wanted);
+    std::exit(1);
+}
+
+// What `rows` says of every row, bit for bit where the code has a meaning.
+void check_rows(const Matrix& m, const std::vector<float>& matrix) {
+    std::vector<int64_t> all(m.out);
+    for (uint32_t row = 0; row < m.out; ++row) all[row] = row;
+    std::vector<float> got(size_t{m.out} * m.in);
+    rows(m, all.data(), m.out, Scalar::f32, got.data(), 1);
+    for (size_t i = 0; i < got.size(); ++i)
+        if (!std::isnan(matrix[i]) && bits_of_float(got[i]) != bits_of_float(matrix[i]))
+            fail("rows", i / m.in, i % m.in, matrix[i], got[i]);
+}
+
+// A single 1 among the activations picks a column, to the rounding of two products and a sum.
+void check_columns(Random& random, const Matrix& m, const std::vector<float>& matrix) {
+    std::vector<float> x(m.in), y(m.out);
+    const auto picked = static_cast<uint32_t>(random.from(0, m.in - 1));
+    x[picked] = 1;
+    linear(m, x.data(), Scalar::f32, 1, nullptr, y.data(), Pass::exact, 1);
+    for (uint32_t row = 0; row < m.out; ++row) {
+        const float* wanted = matrix.data() + size_t{row} * m.in;
+        float largest = 0;
+        for (uint32_t column = 0; column < m.in; ++column) largest += std::fabs(wanted[column]);
+        if (!(largest < 1e20f)) continue;  // NaN times 0 reaches every sum of the row
+        if (!(std::fabs(y[row] - wanted[picked]) <= 1e-6f * largest + 1e-37f))
+            fail("linear", row, picked, wanted[picked], y[row]);
+    }
+}
+
+void use(Random& random, const Matrix& m) {
+    if (uint64_t{m.out} * m.in > 1 << 20) return;
+    const int64_t tokens = random.pick<int64_t>({1, 2, 5});
+    std::vector<float> x(tokens * m.in), y(tokens * m.out);
+    for (float& each : x) each = static_cast<float>(random.from(-1000, 1000)) / 300;
+    linear(m, x.data(), Scalar::f32, tokens, nullptr, y.data(), Pass::integer, 1);
+    linear(m, x.data(), Scalar::f32, tokens, nullptr, y.data(), Pass::exact, 1);
+    const std::vector<int64_t> ends = {0, m.out - 1};
+    std::vector<float> got(2 * size_t{m.in});
+    rows(m, ends.data(), 2, Scalar::f32, got.data(), 1);
+}
+
+struct Tally {
+    int packed = 0, refused = 0, objected = 0;
+};
+
+void run(Random& random, Tally& tally) {
+    Sound sound = random_weight(random);
+    const int damages = random.one_in(2) ? 0 : static_cast<int>(random.from(1, 3));
+    for (int i = 0; i < damages; ++i) damage(random, sound.weight);
+    try {
+        const std::string reason = objection(sound.weight.tensor);
+        if (!reason.empty()) {
+            ++tally.objected;
+            return;
+        }
+        const size_t planned = planned_bytes(sound.weight.tensor);
+        const auto storage = pack(sound.weight.tensor, static_cast<int>(random.from(1, 2)));
+        if (storage->bytes() != planned) fail("bytes", 0, 0, float(planned), float(storage->bytes()));
+        ++tally.packed;
+        use(random, storage->matrix());
+        if (damages) return;
+        check_rows(storage->matrix(), sound.matrix);
+        check_columns(random, storage->matrix(), sound.matrix);
+    } catch (const std::invalid_argument& error) {
+        ++tally.refused;
+        if (damages) return;
+        std::fprintf(stderr, "a sound weight was refused: %s\n", error.what());
+        std::exit(1);
+    }
+}
+
+}  // namespace
+}  // namespace bitmosaic
+
+int main(int count, char** arguments) {
+    const long runs = count > 1 ? std::atol(arguments[1]) : 10000;
+    const long seed = count > 2 ? std::atol(arguments[2]) : 1;
+    bitmosaic::use_level("scalar");
+    bitmosaic::Tally tally;
+    for (long i = 0; i < runs; ++i) {
+        bitmosaic::Random random{std::mt19937_64(static_cast<uint64_t>(seed * 1000003 + i))};
+        bitmosaic::run(random, tally);
+    }
+    std::printf("%ld runs: %d packed, %d refused, %d objected to\n", runs, tally.packed, tally.refused,
+                tally.objected);
+    return tally.packed && tally.refused && tally.objected ? 0 : 1;
+}

@@ -1,0 +1,114 @@
+// The scalar level: the specification of the layout and of the arithmetic, in portable C++ for any CPU.
+//
+// Layout: layout.h, read through cells.h. Arithmetic: kernels.h, line by line. Every other level is held to
+// this one. A cell is decoded once into `scratch`, [column][64 rows], so that the loops over rows
+// are of one instruction each and any compiler makes vectors of them; no roofline was aimed at.
+#include <cmath>
+
+#include "cells.h"
+#include "kernels.h"
+
+namespace bitmosaic {
+namespace {
+
+// The numbers that meet q: codes, or the table's values in steps, more than 0 by the zero point.
+void integer_codes(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes, uint8_t* codes) {
+    const int length = static_cast<int>(m.segment[cell.segment].length);
+    for (int column = 0; column < length; ++column) {
+        for (int row = 0; row < kRows; ++row) {
+            const int code = quad_code(bytes + kHeader, run.bits, length, row, column);
+            codes[column * kRows + row] =
+                run.kind == Kind::table ? m.small_table[cell.table].code[code] : static_cast<uint8_t>(code);
+        }
+    }
+}
+
+void integer_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes,
+                  const Activations& a, int first, int count, float* y, uint8_t* codes) {
+    const Segment segment = m.segment[cell.segment];
+    const bool table = run.kind == Kind::table;
+    const float factor = table ? cell.factor * m.small_table[cell.table].step : cell.factor;
+    integer_codes(m, run, cell, bytes, codes);
+    for (int t = 0; t < count; ++t, y += kRows) {
+        const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first + t;
+        const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
+        const float sum = static_cast<float>(a.sum[static_cast<size_t>(cell.segment) * a.tokens + first + t]);
+        int32_t dot[kRows] = {};
+        for (uint32_t column = 0; column < segment.length; ++column)
+            for (int row = 0; row < kRows; ++row) dot[row] += codes[column * kRows + row] * q[column];
+        const float column = a.scale[entry] * factor;
+        for (int row = 0; row < kRows; ++row) {
+            const float zero_point = table ? 128.0f : zero_point_of(bytes, run, row);
+            const float product = (static_cast<float>(dot[row]) - zero_point * sum) * scale_of(bytes, row);
+            y[row] = std::fma(product, column, y[row]);
+        }
+    }
+}
+
+void float_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes, const Activations& a,
+                int first, int count, float* y, float* values) {
+    const Segment segment = m.segment[cell.segment];
+    for (uint32_t column = 0; column < segment.length; ++column)
+        for (int row = 0; row < kRows; ++row)
+            values[column * kRows + row] = cell_value(m, run, cell, bytes, row, static_cast<int>(column));
+    for (int t = 0; t < count; ++t, y += kRows) {
+        const float* x = a.x + (first + t) * a.stride + segment.start;
+        float sum[kRows] = {};
+        for (uint32_t column = 0; column < segment.length; ++column)
+            for (int row = 0; row < kRows; ++row) sum[row] += values[column * kRows + row] * x[column];
+        for (int row = 0; row < kRows; ++row)
+            y[row] = std::fma(sum[row] * scale_of(bytes, row), cell.factor, y[row]);
+    }
+}
+
+void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
+           uint8_t* scratch) {
+    const uint8_t* bytes = m.data + m.panel[p].offset;
+    const Cell* cell = m.cell + m.panel[p].cell;
+    for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
+        const Run& run = m.run[r];
+        for (uint32_t i = 0; i < run.cells; ++i, ++cell) {
+            if (pass == Pass::integer && is_quad(run.kind))
+                integer_cell(m, run, *cell, bytes, a, first, count, y, scratch);
+            else
+                float_cell(m, run, *cell, bytes, a, first, count, y, reinterpret_cast<float*>(scratch));
+            bytes += cell_bytes(run.kind, run.bits, m.segment[cell->segment].length);
+        }
+    }
+}
+
+float quantize(const float* x, int columns, int8_t* q) {
+    float largest = 0;
+    bool finite = true;
+    for (int i = 0; i < columns; ++i) {
+        finite = finite && std::isfinite(x[i]);
+        largest = std::fmax(largest, std::fabs(x[i]));
+    }
+    std::memset(q, 0, kBlock);
+    if (!finite) return __builtin_nanf("");
+    if (largest < 0x1p-100f) return 0;
+    const float inverse = 127.0f / largest;
+    constexpr float whole = 0x1.8p23f;  // floats of this size have no fraction: adding it rounds, nearest even
+    for (int i = 0; i < columns; ++i) q[i] = static_cast<int8_t>(x[i] * inverse + whole - whole);
+    return largest / 127.0f;
+}
+
+void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, size_t count,
+                   uint8_t* codes) {
+    for (size_t i = 0; i < count; ++i) {
+        const size_t place = first + i;
+        int code = 0;
+        for (int bit = 0; bit < bits; ++bit)
+            code |= (planes[bit * plane + place / 8] >> place % 8 & 1) << bit;
+        codes[i] = static_cast<uint8_t>(code);
+    }
+}
+
+}  // namespace
+
+const Level& scalar_level() {
+    static const Level level{"scalar", quantize, panel, unpack_planes};
+    return level;
+}
+
+}  // namespace bitmosaic

@@ -1,0 +1,52 @@
+"""The compiled module of `csrc/binding.cpp`. Addresses and sizes in bytes; tensors as in cpu.py."""
+
+from typing import Any
+
+def objection(tensor: dict[str, Any]) -> str:
+    """Say why the prepared layout cannot hold a tensor; empty when it can."""
+
+def planned_bytes(tensor: dict[str, Any]) -> int:
+    """Predict the bytes that `pack` would hold."""
+
+def pack(tensor: dict[str, Any], threads: int) -> int:
+    """Repack a tensor and return the handle of the result."""
+
+def bytes(handle: int) -> int:
+    """Return the bytes of memory that a prepared matrix holds."""
+
+def release(handle: int) -> None:
+    """Forget a prepared matrix; its handle is never given again."""
+
+def linear(
+    handle: int,
+    x: int,
+    type: int,
+    tokens: int,
+    width: int,
+    bias: int,
+    y: int,
+    out: int,
+    int8: bool,
+    threads: int,
+) -> None:
+    """Multiply the matrix by x [tokens, width] into y [tokens, out], plus bias unless 0."""
+
+def rows(
+    handle: int, indices: int, count: int, width: int, type: int, y: int, threads: int
+) -> None:
+    """Decode the rows at int64 indices [count] into y [count, width]."""
+
+def page_out(address: int, size: int) -> int:
+    """Give back the whole pages of a range of a mapped file; returns how many bytes that were.
+
+    Memory that no file holds, or that differs from its file, is left alone: then 0.
+    """
+
+def levels() -> list[str]:
+    """List the instruction-set levels that this CPU can run."""
+
+def level() -> str:
+    """Return the level in use."""
+
+def use_level(name: str) -> None:
+    """Switch to another level, for tests."""
