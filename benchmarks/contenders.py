@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,7 +65,10 @@ def measure(
 ) -> dict[str, list[float]]:
     """Time all contenders in turn: seconds of each call, by name; probes tell their own."""
     torch.set_num_threads(threads)
-    ready = [(each.name, each.calls(batch, threads)) for each in contenders]
+    ready = [(each.name, each.calls(batch, threads)[: 2 * how.copies]) for each in contenders]
+    for _, calls in ready:
+        for call in calls:
+            call()  # some peers prepare a weight when it is first used
     seconds: dict[str, list[float]] = {name: [] for name, _ in ready}
     order = random.Random(0)
     for turn in range(how.rounds):
@@ -171,7 +175,9 @@ class TorchInt8:
         torch.backends.quantized.engine = "onednn"
         weight = torch.randn(shape) * 0.02
         scales, zeros = weight.abs().amax(1) / 127, torch.zeros(shape[0], dtype=torch.long)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # says that this will go some day
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         prepack = torch.ops.quantized.linear_prepack
         self._copies = [prepack(rounded, None) for _ in range(copies)]
 

@@ -275,7 +275,7 @@ def _openvino_model(shape: tuple[int, int]) -> Any:
     def four_bits(*sizes: int) -> Any:
         codes = source.integers(0, 256, int(np.prod(sizes)) // 2, dtype=np.uint8)
         stored = openvino.Tensor(codes, openvino.Shape(sizes), openvino.Type.u4)
-        return ops.convert(ops.constant(stored), half)
+        return ops.convert(ops.constant(stored, shared_memory=False), half)
 
     scales = ops.constant(np.full((out, groups, 1), 0.01, dtype=np.float16))
     centred = ops.subtract(four_bits(out, groups, BLOCK), four_bits(out, groups, 1))

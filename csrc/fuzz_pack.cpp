@@ -198,7 +198,8 @@ void make_finite(Random& random, ScaleType type, uint8_t* p, size_t count) {
 
 struct Sound {
     Weight weight;
-    std::vector<float> matrix;  // decoded, [out][in] in original order; NaN where a code means nothing
+    std::vector<float> decoded;  // [out][in] in original order; NaN where a code means nothing
+    std::vector<float> matrix;   // the same with outliers
 };
 
 void add_outliers(Random& random, Sound& sound) {
@@ -262,10 +263,11 @@ Sound random_weight(Random& random) {
     if (random.one_in(2)) std::sort(places.begin(), places.end());
     else w.arrays[in_permutation] = store_indices(places, random.one_in(2));
     w.point();
-    sound.matrix.resize(t.out * t.in);
+    sound.decoded.resize(t.out * t.in);
     for (int64_t row = 0; row < t.out; ++row)
         for (int64_t column = 0; column < t.in; ++column)
-            sound.matrix[rows[row] * t.in + places[column]] = reader.value(row, column);
+            sound.decoded[rows[row] * t.in + places[column]] = reader.value(row, column);
+    sound.matrix = sound.decoded;
     if (random.one_in(2)) add_outliers(random, sound);
     w.point();
     return sound;
@@ -302,7 +304,9 @@ void damage(Random& random, Weight& w) {
     w.point();
 }
 
+const FileTensor* dbg;
 [[noreturn]] void fail(const char* what, int64_t row, int64_t column, float wanted, float got) {
+    if (getenv("DBG")) { for (auto& f : dbg->formats) std::fprintf(stderr, "bits %d group %ld scale %d affine %d zp %d fz %g lg %d ts %g\n", f.bits, (long)f.group, (int)f.scale, f.affine, f.zero_points, f.fixed_zero_point, (int)f.learned_grid, f.tensor_scale); std::fprintf(stderr, "%ld x %ld tile %ld %ld outliers %zu\n", (long)dbg->out, (long)dbg->in, (long)dbg->tile_rows, (long)dbg->tile_columns, dbg->outlier_values.size);}
     std::fprintf(stderr, "%s at row %lld, column %lld: %.9g in place of %.9g\n", what,
                  static_cast<long long>(row), static_cast<long long>(column), got, wanted);
     std::exit(1);
@@ -319,16 +323,19 @@ void check_rows(const Matrix& m, const std::vector<float>& matrix) {
             fail("rows", i / m.in, i % m.in, matrix[i], got[i]);
 }
 
-// A single 1 among the activations picks a column, to the rounding of two products and a sum.
-void check_columns(Random& random, const Matrix& m, const std::vector<float>& matrix) {
+// A single 1 among the activations picks a column, to the rounding of two products and a sum. An outlier is
+// the sum of its delta and of a code that is no larger than the one it replaces.
+void check_columns(Random& random, const Matrix& m, const Sound& sound) {
     std::vector<float> x(m.in), y(m.out);
     const auto picked = static_cast<uint32_t>(random.from(0, m.in - 1));
     x[picked] = 1;
     linear(m, x.data(), Scalar::f32, 1, nullptr, y.data(), Pass::exact, 1);
     for (uint32_t row = 0; row < m.out; ++row) {
-        const float* wanted = matrix.data() + size_t{row} * m.in;
+        const float* wanted = sound.matrix.data() + size_t{row} * m.in;
+        const float* decoded = sound.decoded.data() + size_t{row} * m.in;
         float largest = 0;
-        for (uint32_t column = 0; column < m.in; ++column) largest += std::fabs(wanted[column]);
+        for (uint32_t column = 0; column < m.in; ++column)
+            largest += std::fabs(wanted[column]) + std::fabs(decoded[column]);
         if (!(largest < 1e20f)) continue;  // NaN times 0 reaches every sum of the row
         if (!(std::fabs(y[row] - wanted[picked]) <= 1e-6f * largest + 1e-37f))
             fail("linear", row, picked, wanted[picked], y[row]);
@@ -353,6 +360,7 @@ struct Tally {
 
 void run(Random& random, Tally& tally) {
     Sound sound = random_weight(random);
+    dbg = &sound.weight.tensor;
     const int damages = random.one_in(2) ? 0 : static_cast<int>(random.from(1, 3));
     for (int i = 0; i < damages; ++i) damage(random, sound.weight);
     try {
@@ -368,7 +376,7 @@ void run(Random& random, Tally& tally) {
         use(random, storage->matrix());
         if (damages) return;
         check_rows(storage->matrix(), sound.matrix);
-        check_columns(random, storage->matrix(), sound.matrix);
+        check_columns(random, storage->matrix(), sound);
     } catch (const std::invalid_argument& error) {
         ++tally.refused;
         if (damages) return;
@@ -387,6 +395,7 @@ int main(int count, char** arguments) {
     bitmosaic::Tally tally;
     for (long i = 0; i < runs; ++i) {
         bitmosaic::Random random{std::mt19937_64(static_cast<uint64_t>(seed * 1000003 + i))};
+        if (count > 3) std::fprintf(stderr, "%ld\n", i);
         bitmosaic::run(random, tally);
     }
     std::printf("%ld runs: %d packed, %d refused, %d objected to\n", runs, tally.packed, tally.refused,

@@ -7,10 +7,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitmosaic import backends
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.checkpoint import FORMAT_VERSION, QUANT_METHOD, describe, write_tensors
 from bitmosaic.model import linears, normalise
@@ -19,6 +21,13 @@ from bitmosaic.tensor import QuantizedTensor, pack
 from bitmosaic.tiling import clip_tile, grid_shape
 
 FORMATS = ("int2-g16", "int4-g16", "int3-g32-sym", "fp8-e4m3-g16", "pruned", "bf16")
+
+
+@pytest.fixture
+def reference_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every packed weight on the reference, which equals the dequantized one to the bit."""
+    reference = backends.get("reference")
+    monkeypatch.setattr(backends, "choose", lambda *_, **__: reference)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bitmosaic.integrations.transformers as plugin
 from architectures import NAMES, tiny, tokens
 from bitmosaic.linear import PackedModule, QuantizedEmbedding, QuantizedLinear, TiedHead
-from packed import Packed, pack_model, write
+from packed import Packed, pack_model, reference_only, write  # noqa: F401  (a fixture)
+
+# What is loaded is compared to the bit; tests/e2e/test_native.py has the native backend.
+pytestmark = pytest.mark.usefixtures("reference_only")
 
 
 def load(directory: Path, **options: object) -> PreTrainedModel:

@@ -3,8 +3,8 @@
 Written from csrc/layout.h and kernels.h, not from the kernels.  The stored matrix is cut into
 panels of 64 rows.  A column of a panel is multiplied in integers where all its rows are affine with
 one tensor scale, or read one small table; pruned rows fit either.  Everything else, and outliers,
-meets the activations as they are.  (So do small tables where the layout has to fill up columns within
-a block, their number being no multiple of 8: no weight given to this model has such.)
+meets the activations as they are.  (So do small tables where the layout has to fill up columns
+within a block, their number being no multiple of 8: no weight given to this model has such.)
 """
 
 from __future__ import annotations

@@ -192,6 +192,29 @@ def test_evaluate_writes_a_record(kit: Path, packed: Path, tmp_path: Path) -> No
     assert json.loads(target.read_text())["kl_mean"] == 0.0
 
 
+def test_evaluate_tells_what_int8_activations_cost(
+    kit: Path, packed: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "record.json"
+    arguments = ("--text", kit / "heldout.txt", "--seqlen", "32", "--json", target)
+    exact = succeeded(run("evaluate", packed, *arguments))
+    assert "int8" not in exact.stdout
+    before = json.loads(target.read_text())
+    assert before["activations"] == "exact"
+    shown = succeeded(run("evaluate", packed, *arguments, "--activations", "int8"))
+    record = json.loads(target.read_text())
+    assert record["activations"] == "int8"
+    assert record["perplexity"] == record["int8_perplexity"]
+    assert record["exact_perplexity"] == before["perplexity"]
+    assert record["int8_kl_mean"] >= 0
+    assert f"{record['exact_perplexity']:.4f}" in shown.stdout
+    assert "of int8 from exact activations" in shown.stdout
+    plain = ("evaluate", kit / "model", *arguments, "--activations", "int8")
+    refused(run(*plain), "activations must be exact for a model that is not packed")
+    for command in (("evaluate", packed, *arguments), ("generate", packed, letter(5))):
+        refused(run(*command, "--activations", "int4"), "activations must be one of", "'int4'")
+
+
 def test_evaluate_warns_of_calibration_text(kit: Path, packed: Path, tmp_path: Path) -> None:
     text = ("--text", kit / "calibration.txt", "--seqlen", "32")
     warned = succeeded(run("evaluate", packed, *text))
@@ -211,6 +234,9 @@ def test_generate_is_repeatable(kit: Path, packed: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+    succeeded(run(*arguments, "--activations", "exact"))
+    one = succeeded(run("generate", packed, letter(5) * 3, "--tokens", "1")).stdout
+    assert "(1 tokens, one step; prompt of 3 in " in one
 
 
 def test_inspect_counts_every_byte(packed: Path) -> None:

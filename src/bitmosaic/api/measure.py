@@ -58,6 +58,7 @@ def evaluate(
         device: Where the models run.
         progress: Called with (windows done, windows in all).
     """
+    check_activations(activations)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
     path = _open(model)
