@@ -221,7 +221,8 @@ def batches(shapes: Iterable[tuple[int, int]], threads: list[int], quick: bool) 
         for count in threads:
             others = [] if quick else _peers_many(shape, copies, count)
             for batch in (32, 512) if quick or shape != SHAPES[0] else (8, 32, 512):
-                group = [*ours, *others, Multiplying(probes)] + [exact] * (batch <= 32)
+                group = [*ours, *others] + [exact] * (batch <= 32)
+                group += [Multiplying(probes)] * probes.can_multiply
                 how = plan(batch, quick)
                 results.append(_run(group, shape, count, batch, how, rows))
     for count in threads:
@@ -242,11 +243,14 @@ def _peers_many(shape: tuple[int, int], copies: int, threads: int) -> list[Conte
 
 def _judge_many(results: list[Result], threads: str) -> Rows:
     rows: Rows = []
-    for batch, asked in ((32, 0.70), (512, 0.80)):
+    probed = [result for result in results if "dot product probe" in result.timed]
+    if not probed:
+        print("  This CPU has no AVX-512 VNNI, so that there is no peak to compare with.")
+    for batch, asked in ((32, 0.70), (512, 0.80)) if probed else ():
         for name in BATCHED:
             each = {
                 result.shape: result.timed[name].speed / result.timed["dot product probe"].speed
-                for result in results
+                for result in probed
                 if result.batch == batch
             }
             title = f"batch {batch}, {threads}, {name}: share of the dot product peak"
@@ -354,7 +358,7 @@ def main() -> int:
     for part in parts:
         rows += [{"part": part} | row for row in PARTS[part](shapes, threads, arguments.quick)]
     kept = _other_rows(arguments.json, parts)
-    versions = {} if arguments.quick else peers.versions()
+    versions: dict[str, Any] = {} if arguments.quick else peers.versions()
     return finish(rows, arguments.json, kept=kept, cores=os.cpu_count(), **versions)
 
 

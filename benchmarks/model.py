@@ -108,7 +108,7 @@ def run(directory: Path) -> dict[str, float]:
 
     model, tokenizer = _load(directory), AutoTokenizer.from_pretrained(directory)
     best = {"decode": 0.0, "prefill": 0.0, "model.generate": 0.0}
-    for _ in range(3):
+    for _ in range(2):
         text = generate(model, tokenizer, "word", tokens=1 + TOKENS)
         best["decode"] = max(best["decode"], text.tokens_per_second)
         text = generate(model, tokenizer, "word " * PROMPT, tokens=1)

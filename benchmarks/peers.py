@@ -34,7 +34,7 @@ def use_packages() -> None:
         sys.path.append(path)
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     """Name what was measured."""
     use_packages()
     import onnxruntime

@@ -32,8 +32,8 @@ private:
     size_t count_ = 0;
 };
 
-// From this many tokens on, outliers meet x transposed.
-constexpr int kTransposed = 9;
+// Tokens whose values of a column stand side by side, a cache line, where outliers meet many tokens.
+constexpr int kSide = 16;
 
 // One calling thread's activations; what it held for the last call is used again where x is the same.
 class Activated {
@@ -42,9 +42,8 @@ public:
     const Activations& operator()(const Matrix& m, const void* x, Scalar type, int tokens, Pass pass,
                                   int threads);
 
-    // x [columns][transposed_stride()], where the matrix has outliers and there are kTransposed tokens.
-    const float* transposed() const { return transposed_.get(); }
-    size_t transposed_stride() const { return (static_cast<size_t>(view_.tokens) + 15) / 16 * 16; }
+    // x [ceil(tokens / kSide)][in][kSide] where the matrix has outliers and there is more than one token.
+    const float* sides() const { return sides_.get(); }
 
 private:
     struct Task;
@@ -53,16 +52,16 @@ private:
 
     Activations view_;
     Buffer<int8_t> q_;
-    Buffer<float> scale_, x_, transposed_;
+    Buffer<float> scale_, x_, sides_;
     Buffer<int32_t> sum_;
 
     // What the buffers were made from, and which of them are filled. Contents are compared, not addresses.
     size_t known_bytes_ = 0;  // of x; 0: nothing is known
     Scalar known_type_ = Scalar::f32;
     uint32_t known_in_ = 0;
-    bool has_q_ = false, has_x_ = false;
+    bool has_q_ = false, has_x_ = false, has_sides_ = false;
     Buffer<uint8_t> known_x_;
-    std::vector<Segment> known_segments_;  // those of sum_; none: sum_ is not filled
+    std::vector<Segment> known_segments_;  // those of sum_
 };
 
 }  // namespace bitmosaic

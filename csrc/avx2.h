@@ -95,38 +95,56 @@ BITMOSAIC_INLINE void fields(const uint8_t* p, Take take) {
     }
 }
 
-// For byte shuffles by what `fields` gives: value[code] at code * unit of every set (no two meet).
-template <int bits>
-BITMOSAIC_INLINE __m256i lookup(const uint8_t value[kSmallTable]) {
-    uint8_t bytes[16] = {};
+// Sixteen bytes for a shuffle by what `fields` gives: value[code] at code * unit of every set (no two meet).
+struct Lookup {
+    uint8_t byte[16] = {};
+    BITMOSAIC_INLINE __m256i both() const {  // in both halves of a vector
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(byte)));
+    }
+};
+
+constexpr Lookup lookup(int bits, const uint8_t value[kSmallTable]) {
+    Lookup table;
     for (int set = 0; set < 4; ++set)
-        for (int code = 0; code < 1 << bits; ++code) bytes[code * unit(bits, set)] = value[code];
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+        for (int code = 0; code < 1 << bits; ++code) table.byte[code * unit(bits, set)] = value[code];
+    return table;
 }
 
-constexpr uint8_t kLow[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr uint8_t kHigh[16] = {0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240};
-
-// Bytes [2 quads][64 rows][4 columns] of a pair of quads, 1 to 8 bits, each put through `value` where there
-// are at most 4 bits. `codes` is the cell's first part, of `quads` quads.
+// Of the part that holds the lowest bits.
 template <int bits>
-BITMOSAIC_INLINE void unpack_pair(const uint8_t* codes, int quads, int pair, const uint8_t* value, uint8_t* out) {
+constexpr int kFirstPart = bits < 4 ? bits : 4;
+
+constexpr uint8_t kOnes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr uint8_t kSixteens[16] = {0,   16,  32,  48,  64,  80,  96,  112,
+                                   128, 144, 160, 176, 192, 208, 224, 240};
+template <int bits>
+constexpr Lookup kPlain = lookup(kFirstPart<bits>, kOnes);  // codes as they are
+
+// Bytes [2 quads][64 rows][4 columns] of a pair of quads: the first part of 1 to 8 bits, its fields put
+// through `table`, a Lookup of kFirstPart<bits>. `codes` follows the header.
+template <int bits>
+BITMOSAIC_INLINE void unpack_low(const uint8_t* codes, int pair, __m256i table, uint8_t* out) {
     if constexpr (bits == 8) {
         std::memcpy(out, codes + 512 * pair, 512);
     } else {
-        constexpr int low = bits < 4 ? bits : 4;
-        const __m256i table = lookup<low>(value);
-        fields<low>(codes + 64 * low * pair, [&](int quad, int vector, __m256i f) {
+        constexpr int part = kFirstPart<bits>;
+        fields<part>(codes + 64 * part * pair, [&](int quad, int vector, __m256i f) {
             store(out + 256 * quad + 32 * vector, _mm256_shuffle_epi8(table, f));
         });
-        if constexpr (bits > 4) {
-            const __m256i upper = lookup<bits - 4>(kHigh);
-            const uint8_t* rest = codes + 128 * quads + 64 * (bits - 4) * pair;
-            fields<bits - 4>(rest, [&](int quad, int vector, __m256i f) {
-                uint8_t* at = out + 256 * quad + 32 * vector;
-                store(at, _mm256_or_si256(load(at), _mm256_shuffle_epi8(upper, f)));
-            });
-        }
+    }
+}
+
+// The second part, where there is one, of a cell of `quads` quads, added to what `unpack_low` left.
+template <int bits>
+BITMOSAIC_INLINE void unpack_high(const uint8_t* codes, int quads, int pair, uint8_t* out) {
+    if constexpr (bits > 4 && bits < 8) {
+        static constexpr Lookup lookup_high = lookup(bits - 4, kSixteens);
+        const __m256i table = lookup_high.both();
+        const uint8_t* p = codes + 128 * quads + 64 * (bits - 4) * pair;
+        fields<bits - 4>(p, [&](int quad, int vector, __m256i f) {
+            uint8_t* at = out + 256 * quad + 32 * vector;
+            store(at, _mm256_or_si256(load(at), _mm256_shuffle_epi8(table, f)));
+        });
     }
 }
 

@@ -1,10 +1,11 @@
 // Any number of tokens times a run of cells by float activations: y[count][64] += W x.
 //
-// The exact mode of all kinds, and the column kinds in both modes. Columns are decoded to floats in `scratch`,
-// [column][64 rows]: for one token 16 at a time (4 KB, they stay in L1), for more a whole cell once. A
-// column's rows then meet one activation broadcast. Bound by arithmetic: a code of up to 8 bits costs a
-// shuffle, a conversion, a subtraction, a store and an FMA for 8 weights, where int8 mode needs 0.25
-// maddubs. Every row is added up column by column, so that a result does not depend on the batch.
+// The exact mode of all kinds, and the column kinds in both modes. Columns are decoded to floats in
+// `scratch`, [column][64 rows]: for one token 16 at a time (4 KB, they stay in L1), for more a whole cell
+// once. A column's rows then meet one activation broadcast. Every row is added up column by column, so that
+// a result does not depend on the batch. Bound by arithmetic: a code of up to 8 bits costs a shuffle, a
+// conversion, a subtraction, a store and an FMA for 8 weights, where int8 mode needs 0.25 maddubs.
+// Wide tables of any values are read one by one: 64 loads, a third faster than 8 gathers on Zen 4.
 #include <algorithm>
 
 #include "avx2.h"
@@ -23,7 +24,8 @@ BITMOSAIC_INLINE __m256 pick(__m256 low, __m256 high, __m256i code) {
 
 // Columns [first, first + columns), the fill up to a pair of quads included; first begins a pair.
 template <Kind kind, int bits>
-void decode_quads(const uint8_t* cell, int quads, const SmallTable* table, int first, int columns, float* out) {
+void decode_quads(const uint8_t* cell, int quads, const SmallTable* table, int first, int columns,
+                  float* out) {
     const __m256i byte_of = _mm256_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12);
     __m256i take[4];  // shuffles that leave byte j of every lane, and zeros above it
     for (int j = 0; j < 4; ++j)
@@ -36,9 +38,11 @@ void decode_quads(const uint8_t* cell, int quads, const SmallTable* table, int f
     } else {
         for (int i = 0; i < kVectors; ++i) zero_point[i] = zeros_of(cell, i, bits == 1);
     }
+    const __m256i plain = kPlain<bits>.both();
     alignas(32) uint8_t codes[2 * 256];
     for (int pair = first / 8; pair < (first + columns + 7) / 8; ++pair, out += 8 * kRows) {
-        unpack_pair<bits>(cell + kHeader, quads, pair, kLow, codes);
+        unpack_low<bits>(cell + kHeader, pair, plain, codes);
+        unpack_high<bits>(cell + kHeader, quads, pair, codes);
         for (int quad = 0; quad < 2; ++quad) {
             for (int i = 0; i < kVectors; ++i) {
                 const __m256i word = load(codes + 256 * quad + 32 * i);
@@ -61,8 +65,6 @@ BITMOSAIC_INLINE __m256 eight_values(const uint8_t* p, int vector, const WideTab
         return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8 * vector);
     } else if constexpr (kind == Kind::wide_table) {
         const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * vector));
-        if (table->like == WideTable::any)
-            return _mm256_i32gather_ps(table->value, _mm256_cvtepu8_epi32(codes), 4);
         // By way of binary16, which holds both types exactly, subnormals included and at full speed.
         const __m128i wide = _mm_cvtepu8_epi16(codes);
         if (table->like == WideTable::e5m2) return _mm256_cvtph_ps(_mm_slli_epi16(wide, 8));
@@ -81,12 +83,16 @@ void decode(const Matrix& m, const uint8_t* bytes, const Cell& cell, int first, 
     if constexpr (is_quad(kind)) {
         const int n = quads(m.segment[cell.segment].length);
         decode_quads<kind, bits>(bytes, n, m.small_table + cell.table, first, columns, out);
-    } else {
-        const uint8_t* p = bytes + kHeader + column_bytes(kind) * first;
-        for (int column = 0; column < columns; ++column, p += column_bytes(kind), out += kRows)
-            for (int i = 0; i < kVectors; ++i)
-                _mm256_store_ps(out + 8 * i, eight_values<kind>(p, i, m.wide_table + cell.table));
+        return;
     }
+    const WideTable* table = m.wide_table + cell.table;
+    const uint8_t* p = bytes + kHeader + column_bytes(kind) * first;
+    if (kind == Kind::wide_table && table->like == WideTable::any) {
+        for (int i = 0; i < columns * kRows; ++i) out[i] = table->value[p[i]];
+        return;
+    }
+    for (int column = 0; column < columns; ++column, p += column_bytes(kind), out += kRows)
+        for (int i = 0; i < kVectors; ++i) _mm256_store_ps(out + 8 * i, eight_values<kind>(p, i, table));
 }
 
 // acc[tokens][vectors] += decoded columns (`w`, 64 floats apart) times x.

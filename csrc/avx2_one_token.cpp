@@ -3,9 +3,10 @@
 // Layout: layout.h. Without VNNI the product of bytes is maddubs: unsigned codes times signed activations,
 // neighbours added and *saturated* at 16 bits. A field of at most 15 gives 15 * 127 * 2 = 3810, so that
 // 8 of them may be added in 16 bits before they are widened; nothing ever saturates. Memory brings 25 to 31
-// GB/s, 7 to 9 cycles for each 64 bytes at 3.5 GHz, and four vector operations start in a cycle; per
-// 64 bytes 4 bits cost 14 of them (mask, maddubs, add for each field, half of the fields shifted), 3 bits 23,
-// 2 bits 26, 8 bits 12, 1 bit 50: memory bound but for 1 bit.
+// GB/s, 7 to 9 cycles for each 64 bytes at 3.7 GHz, and four vector operations start in a cycle; per 64
+// bytes 4 bits cost 14 of them (mask, maddubs, add for each field, half of the fields shifted), 3 bits 23,
+// 2 bits 26, 8 bits 12, 1 bit 50. Of the read bandwidth of one core (Zen 4) that attains 86 % with 4 bits,
+// 78 with 3, 74 with 2, 91 with 8, 47 with 1 and 78 with 4-bit tables.
 #include "avx2.h"
 
 namespace bitmosaic::avx2 {
@@ -14,7 +15,8 @@ namespace {
 // Quads whose products 16 bits hold: (largest field) * 127 * 2 * span <= 32767, units included.
 constexpr int span(int bits) { return bits == 4 || bits == 2 ? 8 : 16; }
 
-// Prefetch: 4-bit tables gain 18 % from lines fetched 6 KB ahead; affine cells lose up to 5 % at any distance.
+// Prefetch: 4-bit tables gain 18 % from lines fetched 6 KB ahead; affine cells of 4 bits and mixed panels
+// lose up to 5 % at any distance.
 constexpr int kAhead = 6144;
 
 // The largest unit of a part: what its sums are counted in.
@@ -80,7 +82,7 @@ BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int length, c
                                 __m256i sums[kVectors]) {
     uint8_t value[kSmallTable];
     for (int i = 0; i < kSmallTable; ++i) value[i] = static_cast<uint8_t>(table.code[i] - 128);
-    const __m256i values = lookup<bits>(value), ones = _mm256_set1_epi16(1);
+    const __m256i values = lookup(bits, value).both(), ones = _mm256_set1_epi16(1);
     const int pairs = quads(length) / 2, whole = length / 8;
     int8_t last[8] = {};
     std::memcpy(last, q + 8 * whole, length % 8);
@@ -124,7 +126,8 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) {
             __m256 dot = _mm256_cvtepi32_ps(sums[i]);
-            if constexpr (kind == Kind::affine) dot = _mm256_fnmadd_ps(zeros_of(bytes, i, bits == 1), all, dot);
+            if constexpr (kind == Kind::affine)
+                dot = _mm256_fnmadd_ps(zeros_of(bytes, i, bits == 1), all, dot);
             const __m256 row = _mm256_mul_ps(dot, scales_of(bytes, i));
             _mm256_storeu_ps(y + 8 * i, _mm256_fmadd_ps(row, column, _mm256_loadu_ps(y + 8 * i)));
         }

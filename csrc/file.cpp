@@ -37,20 +37,23 @@ bool known(ScaleType type) { return type <= ScaleType::e8m0; }
 void check_format(const FormatFacts& format) {
     if (format.bits < 0 || format.bits > 16) refuse("Bits", "from 0 to 16", std::to_string(format.bits));
     if (format.group < 0) refuse("A group size", "at least 0", std::to_string(format.group));
-    if (!known(format.scale) || !known(format.learned_grid)) refuse("A scale type", "a known one", "another");
+    if (!known(format.scale) || !known(format.learned_grid))
+        refuse("A type of scales", "a known one", "another");
     if (!std::isfinite(format.fixed_zero_point)) refuse("A fixed zero point", "finite", "infinite or NaN");
     if (!std::isfinite(format.tensor_scale) || format.tensor_scale <= 0)
         refuse("A tensor scale", "positive and finite", std::to_string(format.tensor_scale));
     const size_t values = size_t{1} << format.bits;
-    if (format.bits && !format.affine && format.learned_grid == ScaleType::none && format.grid.size() != values)
-        refuse("A fixed grid", std::to_string(values) + " values", std::to_string(format.grid.size()));
+    const bool fixed = format.bits && !format.affine && format.learned_grid == ScaleType::none;
+    if (fixed && format.grid.size() != values)
+        refuse("A grid", std::to_string(values) + " values", std::to_string(format.grid.size()));
 }
 
 // Indices of 2 or 4 bytes, all below `limit`.
 std::vector<uint32_t> read_indices(const char* name, const Bytes& array, uint64_t count, uint64_t limit) {
     const bool narrow = array.size == 2 * count;
     if (!narrow && array.size != 4 * count)
-        refuse(name, std::to_string(count) + " numbers of 2 or 4 bytes", std::to_string(array.size) + " bytes");
+        refuse(name, std::to_string(count) + " numbers of 2 or 4 bytes",
+               std::to_string(array.size) + " bytes");
     std::vector<uint32_t> indices(count);
     for (uint64_t i = 0; i < count; ++i) {
         indices[i] = narrow ? load_as<uint16_t>(array.data + 2 * i) : load_as<uint32_t>(array.data + 4 * i);
@@ -238,8 +241,8 @@ const uint8_t* File::scale(const Tile& tile, uint64_t group) const {
 int File::zero_point(const Tile& tile, uint64_t group) const {
     const Section& section = sections[tile.section];
     const uint64_t plane = packed_bytes(section.rows * section.groups);
-    const uint8_t* p =
-        source.zero_points.data + section.zero_points.start + tile.rank * section.zero_points.tile + group / 8;
+    const Part& part = section.zero_points;
+    const uint8_t* p = source.zero_points.data + part.start + tile.rank * part.tile + group / 8;
     int value = 0;
     for (int bit = 0; bit < source.formats[tile.format].bits; ++bit)
         value |= (p[bit * plane] >> (group % 8) & 1) << bit;

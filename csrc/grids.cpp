@@ -33,7 +33,8 @@ Grid make_grid(std::vector<float> values, int bits) {
     grid.values = std::move(values);
     grid.bits = bits;
     const auto before = [](float a, float b) {  // smaller magnitude, then the positive one
-        return std::fabs(a) < std::fabs(b) || (std::fabs(a) == std::fabs(b) && std::signbit(a) < std::signbit(b));
+        const float first = std::fabs(a), second = std::fabs(b);
+        return first != second ? first < second : std::signbit(a) < std::signbit(b);
     };
     int first = Grid::none;
     grid.lowest = 127;

@@ -52,7 +52,9 @@ enum class Kind : uint8_t {
     single,      // float32 values: the escape for what nothing else can hold
 };
 
-constexpr bool is_quad(Kind kind) { return kind == Kind::affine || kind == Kind::table; }
+// Functions of headers are static: files are compiled for different instruction sets, and a linker that
+// merged their copies could give one CPU's code to another.
+static constexpr bool is_quad(Kind kind) { return kind == Kind::affine || kind == Kind::table; }
 
 // Columns [start, start + length) of the stored matrix; start / kBlock is the activation block.
 struct Segment {
@@ -121,17 +123,17 @@ struct Matrix {
     const float* outlier_value = nullptr;       // the value itself, for `rows`
 };
 
-constexpr int quads(uint32_t length) { return static_cast<int>((length + 7) / 8 * 2); }
+static constexpr int quads(uint32_t length) { return static_cast<int>((length + 7) / 8 * 2); }
 
-constexpr size_t column_bytes(Kind kind) {  // of one column of 64 rows of a column kind
+static constexpr size_t column_bytes(Kind kind) {  // of one column of 64 rows of a column kind
     return kind == Kind::wide_table ? 64 : kind == Kind::single ? 256 : 128;
 }
 
-constexpr size_t code_bytes(Kind kind, int bits, uint32_t length) {
+static constexpr size_t code_bytes(Kind kind, int bits, uint32_t length) {
     return is_quad(kind) ? static_cast<size_t>(quads(length)) * 32 * bits : column_bytes(kind) * length;
 }
 
-constexpr size_t cell_bytes(Kind kind, int bits, uint32_t length) {
+static constexpr size_t cell_bytes(Kind kind, int bits, uint32_t length) {
     return kHeader + code_bytes(kind, bits, length);
 }
 

@@ -64,7 +64,7 @@ inline bool exact_half(float value, uint16_t& half) {
     const uint32_t significand = 0x800000 | (magnitude & 0x7FFFFF);
     const int drop = exponent >= -14 ? 13 : -1 - exponent;
     if (significand & ((1u << drop) - 1)) return false;
-    const uint32_t kept = significand >> drop;  // has the leading one at bit 10 if normal: it adds 1 to the exponent
+    const uint32_t kept = significand >> drop;  // if normal, its leading one at bit 10 adds 1 to the exponent
     half = static_cast<uint16_t>(sign | (kept + (exponent >= -14 ? (exponent + 14) << 10 : 0)));
     return true;
 }

@@ -1,5 +1,5 @@
-// Repacks a file's arrays into the prepared layout: file.h checks them, the plan says where each cell goes and
-// what kind it is, then panels are filled in parallel, each by one thread.
+// Repacks a file's arrays into the prepared layout: `File` checks them, the plan says where each cell goes
+// and what kind it is, then panels are filled in parallel, each by one thread.
 #include "pack.h"
 
 #include <algorithm>

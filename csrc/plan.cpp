@@ -99,13 +99,8 @@ private:
         return fit_scales(natural, lowest, top) && fit_halves(natural) ? natural : cell;
     }
 
-    // A small table has no code that adds nothing to the integer sums. Where the fill would meet other
-    // columns' activations, the cell takes a wide table, which has no fill.
     void hold_table(PlannedCell& cell, uint32_t grid) {
-        const bool fill = cell.length % 8 != 0;
-        const bool fill_meets_zeros = cell.start + cell.length == file_.in &&
-                                      cell.start % kBlock + 4 * quads(cell.length) <= kBlock;
-        if (grids_[grid].step != 0 && (!fill || fill_meets_zeros)) {
+        if (grids_[grid].step != 0) {
             cell.table = grids_.small_table(grid);
             return;
         }
@@ -132,12 +127,13 @@ private:
         if (low > high) return true;
         if (high - 15 > low + 24) return false;
         const int exponent = std::clamp(0, high - 15, low + 24);
+        if (exponent == 0) return true;
         const float tensor_scale = cell.factor;
         cell.exponent = static_cast<int16_t>(exponent);
         cell.factor = std::ldexp(tensor_scale, exponent);
         const int least = std::min(low, low - exponent), most = std::max(high, high - exponent);
-        return !(others && exponent) && lowest + least >= -149 && top + most <= 127 &&
-               std::isfinite(cell.factor) && std::ldexp(cell.factor, -exponent) == tensor_scale;
+        return !others && lowest + least >= -149 && top + most <= 127 && std::isfinite(cell.factor) &&
+               std::ldexp(cell.factor, -exponent) == tensor_scale;
     }
 
     // Rows of 1 bit with half a zero point stand in a wider cell with twice the codes and half the scale.
@@ -210,7 +206,8 @@ std::string Plan::read_formats() {
         if (facts.learned) continue;
         std::vector<float> values(size_t{1} << given.bits);
         for (size_t code = 0; code < values.size(); ++code)
-            values[code] = (given.affine ? static_cast<float>(code) : given.grid[code]) - given.fixed_zero_point;
+            values[code] =
+                (given.affine ? static_cast<float>(code) : given.grid[code]) - given.fixed_zero_point;
         facts.grid = grids.add(std::move(values), given.bits);
     }
     return "";

@@ -88,7 +88,7 @@ float quantize(const float* x, int columns, int8_t* q) {
     if (!finite) return __builtin_nanf("");
     if (largest < 0x1p-100f) return 0;
     const float inverse = 127.0f / largest;
-    constexpr float whole = 0x1.8p23f;  // floats of this size have no fraction: adding it rounds, nearest even
+    constexpr float whole = 0x1.8p23f;  // floats of this size have no fraction: adding it rounds to even
     for (int i = 0; i < columns; ++i) q[i] = static_cast<int8_t>(x[i] * inverse + whole - whole);
     return largest / 127.0f;
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bitmosaic.backends import _cpu
+from bitmosaic.backends import ACTIVATIONS, _cpu
 from bitmosaic.linear import QuantizedEmbedding, QuantizedLinear, TiedHead
 from kernels.cases import BACKEND, mixture, tokens, uniform
 from kernels.witness import assert_int8_product
@@ -164,19 +165,34 @@ def test_a_bias_of_another_length_is_refused() -> None:
         BACKEND.linear(torch.ones(2, 160), BACKEND.prepare(TENSOR), torch.ones(95))
 
 
-def test_equal_inputs_after_one_that_differs() -> None:
-    """Quantized activations may be kept for the next consumer, never beyond a change in place."""
-    first, second = (
-        BACKEND.prepare(TENSOR),
-        BACKEND.prepare(mixture(NAMES, SHAPE, (32, 64), seed=4)),
-    )
-    for count in (1, 3, 40):
-        x = tokens(count, SHAPE[1])
-        alone = BACKEND.linear(x, second, activations="int8")
-        BACKEND.linear(x, first, activations="int8")
-        assert torch.equal(BACKEND.linear(x, second, activations="int8"), alone)
-        x[-1, -1] = -x[-1, -1] + 1
-        changed = BACKEND.linear(x, first, activations="int8")
-        assert_int8_product(changed, x, TENSOR)
-        again = BACKEND.linear(x.clone(), first, activations="exact")
-        assert_matmul_close(again, x, TENSOR.dequantize())
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+@pytest.mark.parametrize("tile", [(32, 64), (32, 48)])
+def test_activations_are_shared_by_content(count: int, tile: tuple[int, int]) -> None:
+    """What is kept of x for the next consumer serves that x alone, whatever came between."""
+    tensors = [mixture(NAMES, SHAPE, each, seed=seed) for seed, each in enumerate([(32, 64), tile])]
+    weights = [BACKEND.prepare(tensor) for tensor in tensors]
+    first = tokens(count, SHAPE[1])
+    second = first.clone()
+    second[-1, -1] = 1 - second[-1, -1]
+    expected = {}
+    for x in (first, second):  # where nothing is kept: a longer x has just been there
+        for which in (0, 1):
+            for activations in ACTIVATIONS:
+                BACKEND.linear(tokens(50, SHAPE[1]), weights[which], activations="int8")
+                y = BACKEND.linear(x, weights[which], activations=activations)
+                expected[id(x), which, activations] = y
+    keys = list(expected)
+    dice = random.Random(count)
+    for _ in range(100):
+        here, which, activations = key = dice.choice(keys)
+        x = first if here == id(first) else second
+        y = BACKEND.linear(x, weights[which], activations=activations)
+        assert torch.equal(y, expected[key])
+
+
+def test_a_change_in_place_is_noticed() -> None:
+    tensor = mixture(NAMES, SHAPE, (32, 64))
+    prepared, x = BACKEND.prepare(tensor), tokens(2, SHAPE[1])
+    for column in (0, 1, 80, 159):
+        x[1, column] += 1
+        assert_int8_product(BACKEND.linear(x, prepared, activations="int8"), x, tensor)

@@ -10,6 +10,8 @@ from safetensors import safe_open
 
 from bitmosaic import checkpoint
 from bitmosaic.checkpoint import Entry, header, open_packed, read_entries, read_tensors
+from bitmosaic.checkpoint.packed import _NOT_FINITE
+from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.tensor import ARRAYS
 from strategies import packed_tensors, write_packed
 
@@ -202,3 +204,19 @@ class TestPacked:
     def test_the_sample_uses_every_array_of_the_built_in_formats(self):
         used = {key for tensor in packed_tensors().values() for key in tensor.arrays()}
         assert used == set(ARRAYS) - {"grids"}
+
+
+@pytest.mark.parametrize("kind", sorted(SCALE_DTYPES))
+def test_every_bit_pattern_that_is_no_number_is_known(kind: str) -> None:
+    number, mask = _NOT_FINITE[kind]
+    dtype = SCALE_DTYPES[kind]
+    if dtype.itemsize == 4:  # every exponent and sign, with a few mantissas each
+        high = torch.arange(1 << 16) << 16
+        bits = torch.cat([high + low for low in (0, 1, 0x8000, 0xFFFF)]).to(torch.uint32)
+    else:
+        bits = torch.arange(1 << 8 * dtype.itemsize)
+        bits = bits.to(torch.uint16 if dtype.itemsize == 2 else torch.uint8)
+    values = bits.view(dtype).to(torch.float32)
+    found = bits.view(torch.uint8).numpy().view(number) & mask == mask
+    assert (torch.from_numpy(found) == ~values.isfinite()).all()
+    assert found.any()

@@ -192,9 +192,7 @@ def test_evaluate_writes_a_record(kit: Path, packed: Path, tmp_path: Path) -> No
     assert json.loads(target.read_text())["kl_mean"] == 0.0
 
 
-def test_evaluate_tells_what_int8_activations_cost(
-    kit: Path, packed: Path, tmp_path: Path
-) -> None:
+def test_evaluate_tells_what_int8_activations_cost(kit: Path, packed: Path, tmp_path: Path) -> None:
     target = tmp_path / "record.json"
     arguments = ("--text", kit / "heldout.txt", "--seqlen", "32", "--json", target)
     exact = succeeded(run("evaluate", packed, *arguments))
@@ -236,7 +234,7 @@ def test_generate_is_repeatable(kit: Path, packed: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     succeeded(run(*arguments, "--activations", "exact"))
     one = succeeded(run("generate", packed, letter(5) * 3, "--tokens", "1")).stdout
-    assert "(1 tokens, one step; prompt of 3 in " in one
+    assert "(1 token; prompt of 3 in " in one
 
 
 def test_inspect_counts_every_byte(packed: Path) -> None:

@@ -136,9 +136,10 @@ def generate(
     )
     console = results()
     console.print(prompt + found.text, markup=False, soft_wrap=True)
-    speed = f"{found.tokens_per_second:.1f} tokens/s" if found.tokens > 1 else "one step"
+    count = "1 token" if found.tokens == 1 else f"{found.tokens} tokens"
+    speed = f", {found.tokens_per_second:.1f} tokens/s" if found.tokens > 1 else ""
     prompt_pass = f"prompt of {found.prompt_tokens} in {found.prompt_seconds:.2f} s"
-    console.print(f"({found.tokens} tokens, {speed}; {prompt_pass})", markup=False)
+    console.print(f"({count}{speed}; {prompt_pass})", markup=False)
 
 
 def inspect(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-__all__ = ["growing_cache"]
+__all__ = ["drop_last", "growing_cache", "is_growing"]
 
 _ROOM = 256
 """Tokens for which there is room at least, and by which it grows at least."""
@@ -51,6 +51,17 @@ def growing_cache(config: Any) -> DynamicCache:
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = _GrowingLayer
     return cache
+
+
+def is_growing(cache: DynamicCache) -> bool:
+    """Tell whether all layers of a cache keep all tokens in buffers of this module's kind."""
+    return bool(cache.layers) and all(type(each) is _GrowingLayer for each in cache.layers)
+
+
+def drop_last(cache: DynamicCache) -> None:
+    """Take the last token out of a growing cache; the next one is written over it."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
 
 
 def _append(buffer: Tensor, length: int, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bitmosaic.backends import cpu
 from bitmosaic.evaluation.cache import growing_cache
+from bitmosaic.evaluation.decoding import proved
 from bitmosaic.evaluation.perplexity import evaluating, vocabulary_size
 from bitmosaic.linear import PackedModule
 
@@ -114,18 +115,26 @@ def _steps(
     model: PreTrainedModel, start: list[int], temperature: float, generator: torch.Generator
 ) -> Iterator[int]:
     """Yield one token after the other, each found when it is asked for."""
-    options: dict[str, Any] = {"past_key_values": growing_cache(model.config), "use_cache": True}
+    cache = growing_cache(model.config)
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1  # of the prompt; those of its other tokens take memory only
+    logits = model(input_ids=torch.tensor([start], device=model.device), **options).logits
     native = _runs_natively(model)
-    inputs = torch.tensor([start], device=model.device)
-    output = model(input_ids=inputs, **options)
+    alone = cpu.torch_alone if native else nullcontext
+    step, looked = None, not native
     while True:
-        token = _choose(output.logits[0, -1], temperature, generator)
+        with alone():
+            token = _choose(logits[0, -1], temperature, generator)
         yield token
         inputs = torch.tensor([[token]], device=model.device)
-        with cpu.torch_alone() if native else nullcontext():
-            output = model(input_ids=inputs, **options)
+        with alone():
+            if step is not None:
+                logits = step(inputs, cache)
+            elif looked:
+                logits = model(input_ids=inputs, **options).logits
+            else:
+                (logits, step), looked = proved(model, inputs, cache), True
 
 
 def _runs_natively(model: PreTrainedModel) -> bool:
