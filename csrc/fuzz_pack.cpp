@@ -88,8 +88,7 @@ FormatFacts random_format(Random& random) {
         const bool half = random.one_in(2);
         format.grid.resize(65536);
         for (int code = 0; code < 65536; ++code) {
-            const auto pattern = static_cast<uint16_t>(code);
-            const float value = half ? half_to_float(pattern) : bfloat_to_float(pattern);
+            const float value = half ? half_to_float(uint16_t(code)) : bfloat_to_float(uint16_t(code));
             format.grid[code] = std::isfinite(value) ? value : NAN;
         }
         return format;
@@ -162,15 +161,16 @@ struct Reader {
         if (!format.bits) return 0;
         const int64_t r = row % t.tile_rows, c = column % t.tile_columns;
         const int64_t group = r * tile.groups + (format.group ? c / format.group : 0);
-        const int64_t place = r * tile.columns + c;
-        const int code = number(t.codes.data + tile.start[codes], tile.rows * tile.columns, format.bits, place);
+        const uint8_t* planes = t.codes.data + tile.start[codes];
+        const int code = number(planes, tile.rows * tile.columns, format.bits, r * tile.columns + c);
         const uint8_t* learned = t.grids.data + tile.start[grids] + code * item_bytes(format.learned_grid);
         float value = static_cast<float>(code), zero_point = format.fixed_zero_point;
         if (!format.affine)
             value = format.learned_grid == ScaleType::none ? format.grid[code]
                                                            : read_number(format.learned_grid, learned);
-        const uint8_t* zeros = t.zero_points.data + tile.start[zero_points];
-        if (format.zero_points) zero_point = float(number(zeros, tile.rows * tile.groups, format.bits, group));
+        planes = t.zero_points.data + tile.start[zero_points];
+        const int64_t groups = tile.rows * tile.groups;
+        if (format.zero_points) zero_point = float(number(planes, groups, format.bits, group));
         value -= zero_point;
         const uint8_t* scale = t.scales.data + tile.start[scales] + group * item_bytes(format.scale);
         return value * read_number(format.scale, scale) * format.tensor_scale;
@@ -364,10 +364,7 @@ void run(Random& random, Tally& tally) {
     const int damages = random.one_in(2) ? 0 : static_cast<int>(random.from(1, 3));
     for (int i = 0; i < damages; ++i) damage(random, sound.weight);
     try {
-        if (!objection(sound.weight.tensor).empty()) {
-            ++tally.objected;
-            return;
-        }
+        if (!objection(sound.weight.tensor).empty()) return void(++tally.objected);
         const size_t planned = planned_bytes(sound.weight.tensor);
         const auto storage = pack(sound.weight.tensor, static_cast<int>(random.from(1, 2)));
         if (storage->bytes() != planned) fail("bytes", 0, 0, double(planned), double(storage->bytes()));
