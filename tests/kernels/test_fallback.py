@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bitmosaic import backends
+from bitmosaic import backends, formats
 from bitmosaic.backends import _cpu
 from bitmosaic.formats import Format, UnsupportedError
 from bitmosaic.linear import QuantizedLinear
@@ -86,6 +86,14 @@ def test_tiles_too_small_for_the_layout_are_refused() -> None:
     objection = BACKEND.objection(tensor, CPU)
     assert objection is not None
     assert objection.startswith("Tiles of 1x128 ")
+
+
+def test_a_huge_weight_of_nothing_is_refused_at_once() -> None:
+    """No file is too short for pruned tiles: their panels alone would take gigabytes."""
+    shape = (2**31 - 1, 32)
+    one = torch.ones(1).view(torch.uint8)
+    tensor = QuantizedTensor(shape, shape, (formats.get("pruned"),), tensor_scales=one)
+    assert BACKEND.objection(tensor, CPU) is not None
 
 
 def test_another_device_is_refused() -> None:
