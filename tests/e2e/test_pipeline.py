@@ -23,6 +23,7 @@ from bitmosaic.methods.base import BASES
 from bitmosaic.methods.sfmp import REORDERS, SOLVERS, Sfmp
 from bitmosaic.pipeline import QuantizeOptions
 from bitmosaic.pipeline.output import OutputPlan
+from packed import reference_only  # noqa: F401  (a fixture)
 from runs import KEPT, Case, case, load, logits
 
 PROMPT = tokens(2, 16, seed=7)
@@ -46,6 +47,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Original(model, plain, float((plain - exact).abs().max()))
 
 
+@pytest.mark.usefixtures("reference_only")  # equal to the bit
 @pytest.mark.parametrize("reorder", REORDERS)
 def test_lossless_formats_give_the_original_model(original: Original, reorder: str) -> None:
     """Every name, permutation and fold must be right, since the weights are those of the model.

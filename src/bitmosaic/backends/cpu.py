@@ -98,9 +98,9 @@ class CpuBackend(Backend):
         return _cpu.objection(described) or None
 
     def prepare(self, tensor: QuantizedTensor) -> Prepared:
-        """Repack; takes about the memory of the packed arrays, whose own is given back if it can be.
+        """Repack; takes about the memory of the packed arrays, whose own is given back if possible.
 
-        It can where they are views of a file, as loaders make them: the next access reads them
+        It is where they are views of a file, as loaders make them: the next access reads them
         from there again.
         """
         objection = self.objection(tensor, tensor.device)
