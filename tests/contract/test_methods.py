@@ -21,6 +21,7 @@ from bitmosaic import checkpoint, methods, pipeline
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.checkpoint import open_packed
 from bitmosaic.methods import Method
+from packed import reference_only  # noqa: F401  (a fixture)
 from runs import Case, case, content, load, logits
 
 _FINE = ("int2-g32", "int3-g32", "int4-g32")
@@ -117,6 +118,7 @@ def test_more_bits_come_closer_to_the_original(name: str, model: Case) -> None:
 
 
 @METHODS
+@pytest.mark.usefixtures("reference_only")  # equal to the bit
 def test_the_loaded_model_is_the_architecture_with_the_dequantized_weights(
     name: str, model: Case, tmp_path: Path
 ) -> None:
