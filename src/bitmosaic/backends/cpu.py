@@ -6,7 +6,8 @@ environment variable BITMOSAIC_CPU_LEVEL.  Without the compiled module this back
 every tensor, and the reference runs.
 
 `torch.ops.bitmosaic.linear` and `.rows` are what a compiled graph holds.  They know a prepared
-weight by its handle, a number that is never given twice in a process.
+weight by its handle, a number that is never given twice in a process.  They carry no gradient:
+`CpuBackend.linear` and the modules do.
 """
 
 from __future__ import annotations
