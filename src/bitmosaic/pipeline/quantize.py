@@ -216,8 +216,11 @@ def _allocation_digest(allocation: Allocation) -> str:
     orders: list[tuple[str, Tensor | None]] = [("residual", allocation.residual)]
     orders += sorted(allocation.ties.items())
     for name, layer in sorted(allocation.layers.items()):
-        content.update(json.dumps([name, layer.shape, layer.tile, layer.formats]).encode())
+        facts = [name, layer.shape, layer.tile, layer.formats, layer.outliers, layer.outlier_format]
+        content.update(json.dumps(facts).encode())
         content.update(layer.tile_map.numpy().tobytes())
+        for values in (layer.in_importance, layer.out_importance):
+            content.update(b"" if values is None else values.numpy().tobytes())
         orders += [(f"{name}.in", layer.in_permutation), (f"{name}.out", layer.out_permutation)]
     for name, order in orders:
         content.update(name.encode())
