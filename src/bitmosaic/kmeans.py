@@ -129,9 +129,14 @@ class _Line:
         return torch.cat([ends, inner, ends + self.values.shape[1]], dim=1)
 
     def averages(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of each cluster, and its mass (an empty one's mean is the row's)."""
+        """Return the mean of each cluster, and its mass (an empty one's mean is some value)."""
         mass = self.masses.gather(1, cuts).diff(dim=1)
-        return self.sums.gather(1, cuts).diff(dim=1) / mass.clamp(min=_TINY) + self.mean, mass
+        mean = self.sums.gather(1, cuts).diff(dim=1) / mass.clamp(min=_TINY) + self.mean
+        # Differences of prefix sums round by the row's size; a cluster may be far smaller.
+        last = self.values.shape[1] - 1
+        low = self.values.gather(1, cuts[:, :-1].clamp(max=last))
+        high = self.values.gather(1, (cuts[:, 1:] - 1).clamp(min=0))
+        return torch.minimum(torch.maximum(mean, low), high), mass
 
     def centres(self, cuts: Tensor) -> Float[Tensor, "rows centres"]:
         """Return each cluster's mean; an empty cluster repeats its neighbour's."""
