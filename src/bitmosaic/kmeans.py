@@ -230,6 +230,7 @@ class _Half:
         """
         line, reach = self.line, self.stop
         rows, ends = line.sums.shape
+        before = torch.cat([before, before[:, -1:].expand(-1, ends - before.shape[1])], dim=1)
         table = _Table(self.gain, line.sums[:, : reach + 1], line.masses[:, : reach + 1])
         gain = torch.zeros((rows, ends), dtype=torch.float64)
         best = torch.zeros((rows, ends), dtype=torch.int32)
@@ -240,10 +241,7 @@ class _Half:
                 stride //= 2
                 continue
             here = slice(stride, stop + 1, 2 * stride)
-            low = torch.maximum(
-                best[:, 0 : stop + 1 - stride : 2 * stride],
-                before[:, at.clamp(max=before.shape[1] - 1)],
-            )
+            low = torch.maximum(best[:, 0 : stop + 1 - stride : 2 * stride], before[:, here])
             high = at.clamp(max=reach).to(torch.int32).repeat(rows, 1)
             bounded = int((at + stride < ends).sum())
             above = best[:, 2 * stride :: 2 * stride][:, :bounded]
@@ -303,18 +301,23 @@ class _Table:
         best: Tensor,
     ) -> None:
         """Try the offsets from `offset` on, in classes of ends whose ranges are of like width."""
-        size = 4
-        left = (high - low >= offset).nonzero()[:, 0]
+        # index_select takes 0.7 ns an element here, indexing by a tensor 10.
+        width, size = high - low, 4
+        left = (width >= offset).nonzero()[:, 0]
         while left.numel():
-            within = (high - low)[left] < offset + size
+            within = width.index_select(0, left) < offset + size
             offsets = torch.arange(offset, offset + size, dtype=torch.int32)[:, None]
-            for part in left[within].split(max(1, _PIECE // size)):
-                cut = torch.minimum(low[part] + offsets, high[part])
-                found, place = self._look(cut, sums[part], masses[part]).max(0)
-                better = found > gain[part]
-                best[part[better]] = cut.gather(0, place[None])[0][better]
-                gain[part[better]] = found[better]
-            left = left[~within]
+            for part in left.masked_select(within).split(max(1, _PIECE // size)):
+                first, last = low.index_select(0, part), high.index_select(0, part)
+                cut = torch.minimum(first + offsets, last)
+                ends = (sums.index_select(0, part), masses.index_select(0, part))
+                found, place = self._look(cut, *ends).max(0)
+                known = gain.index_select(0, part)
+                cut = torch.minimum(first + (place + offset).int(), last)
+                cut = torch.where(found > known, cut, best.index_select(0, part))
+                best.index_copy_(0, part, cut)
+                gain.index_copy_(0, part, torch.maximum(found, known))
+            left = left.masked_select(~within)
             size *= 2
 
     def _look(self, cut: Tensor, sums: Tensor, masses: Tensor) -> Tensor:

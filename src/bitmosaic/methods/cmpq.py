@@ -51,6 +51,7 @@ from bitmosaic.methods.base import (
     require_one_of,
 )
 from bitmosaic.tensor import OUTLIER_DTYPES, QuantizedTensor
+from bitmosaic.tiling import clip_tile, tile_sizes
 
 KEPT = "fp16"
 """Format of the in_channels that are kept."""
@@ -74,6 +75,8 @@ class Cmpq(Method):
 
     Attributes:
         formats: candidate formats of an in_channel, from narrow to wide.
+        tile_in: neighbouring in_channels that share a width and a codebook (1 as published); more
+            of them pay where a matrix has few out_channels to a codebook.
         widths: ``gain`` (ours): the best gain per byte; ``tails``: by rank of activation norms,
             the same average width in every matrix, the top and the bottom of them one bit more and
             less; ``adjacent``: by rank, the two widths next to the average only.
@@ -95,6 +98,7 @@ class Cmpq(Method):
     name: ClassVar[str] = "cmpq"
 
     formats: tuple[str, ...] = ("codebook2", "codebook3", "codebook4")
+    tile_in: int = 1
     widths: str = "gain"
     tail: float = 0.2
     scope: str = "model"
@@ -117,6 +121,7 @@ class Cmpq(Method):
         for share in ("act_outliers", "weight_outliers"):
             value = getattr(self, share)
             require(0 <= value <= 1, share, "between 0 and 1", value, "Try 0.0005 and 0.0045.")
+        require(self.tile_in >= 1, "tile_in", "at least 1", self.tile_in, "Try 1.")
         require(0 <= self.tail <= 0.5, "tail", "between 0 and 0.5", self.tail, "Try 0.2.")
         require(0 < self.damping < 1, "damping", "between 0 and 1", self.damping, "Try 0.01.")
         bits = [formats.get(name).bits for name in self.formats]
@@ -146,7 +151,8 @@ class Cmpq(Method):
         self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
     ) -> TileCosts:
         """Make a table without costs, whose first in_channels stand for those that are kept."""
-        return self._table(name, shape, torch.arange(shape[1]) < self._kept(shape[1]))
+        tiles = -(-shape[1] // self.tile_in)
+        return self._table(name, shape, torch.arange(tiles) < self._kept(tiles))
 
     def score(self, block: BlockView) -> BlockScores:
         """Price every in_channel at every width."""
@@ -155,9 +161,10 @@ class Cmpq(Method):
             measured = block.activation[name]
             norm = measured.rms_rest if self.drop_first else measured.rms
             square = norm.double().square()
-            order = torch.argsort(square, descending=True, stable=True)
-            kept = torch.zeros(square.numel(), dtype=torch.bool)
-            kept[order[: self._kept(square.numel())]] = True
+            power = torch.stack([part.sum() for part in square.split(self.tile_in)])
+            order = torch.argsort(power, descending=True, stable=True)
+            kept = torch.zeros(power.numel(), dtype=torch.bool)
+            kept[order[: self._kept(power.numel())]] = True
             table = self._table(name, (weight.shape[0], weight.shape[1]), kept)
             table = replace(table, in_importance=square.float())
             if self.sensitivity == "fisher":
@@ -165,7 +172,7 @@ class Cmpq(Method):
             if self.widths == "gain":
                 table = replace(table, cost=table.cost + self._costs(weight, table))
             tables.append(table)
-            norms.append(square[None])
+            norms.append(power[None])
         return BlockScores(tables, norms)
 
     def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
@@ -201,26 +208,29 @@ class Cmpq(Method):
             statistics.hessian,
             damping=self.damping,
             act_order=self.act_order,
+            static_groups=self.tile_in > 1,
             outliers=mask,
             name=name,
         )
 
-    def _kept(self, width: int) -> int:
-        """Count the in_channels that are kept."""
-        return max(1, round(self.act_outliers * width)) if self.act_outliers else 0
+    def _kept(self, tiles: int) -> int:
+        """Count the tiles that are kept."""
+        return max(1, round(self.act_outliers * tiles)) if self.act_outliers else 0
 
     def _table(self, name: str, shape: tuple[int, int], kept: Tensor) -> TileCosts:
-        """Make a table in which kept in_channels have one format and the others not that one."""
+        """Make a table in which kept tiles have one format and the others not that one."""
         names = (*self.formats, KEPT) if bool(kept.any()) else self.formats
-        cost = torch.zeros((len(names), 1, shape[1]), dtype=torch.float64)
+        cost = torch.zeros((len(names), 1, kept.numel()), dtype=torch.float64)
         if bool(kept.any()):
             cost[:-1, 0, kept] = torch.inf
             cost[-1, 0, ~kept] = torch.inf
-        outliers = int(self.weight_outliers * shape[0] * int((~kept).sum()))
+        tile = clip_tile(shape, (None, self.tile_in))
+        coded = shape[0] * int(tile_sizes(shape, tile)[1][~kept].sum())
+        outliers = int(self.weight_outliers * coded)
         return TileCosts(
             name,
             shape,
-            (shape[0], 1),
+            tile,
             names,
             cost,
             outliers=outliers,
@@ -261,7 +271,7 @@ def _hurt_most(weight: Tensor, layer: LayerAllocation) -> Tensor:
     if layer.out_importance is not None:
         cost *= layer.out_importance[:, None]
     kept = torch.tensor([name == KEPT for name in layer.formats])[layer.tile_map[0].long()]
-    cost[:, kept] = -1
+    cost[:, kept.repeat_interleave(layer.tile[1])[: layer.shape[1]]] = -1
     order = torch.argsort(cost.flatten(), descending=True, stable=True)
     mask = torch.zeros(cost.numel(), dtype=torch.bool)
     mask[order[: layer.outliers]] = True
@@ -308,7 +318,7 @@ class _Ranks:
         average = -1 + 2 * step / self.steps  # of the widths, counted from the middle one
         plans = []
         for table, order in zip(self.tables, self.orders, strict=True):
-            tile_map = torch.full((1, table.shape[1]), len(table.formats) - 1, dtype=torch.uint8)
+            tile_map = torch.full(table.cost.shape[1:], len(table.formats) - 1, dtype=torch.uint8)
             wide, narrow = tails(order.numel(), average, self.tail)
             tile_map[0, order] = 1
             tile_map[0, order[:wide]] = 2
