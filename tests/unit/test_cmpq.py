@@ -26,7 +26,7 @@ SHAPES = {"a": (96, 41), "b": (64, 90), "c": (33, 24)}
 def block(seed: int = 0, shapes: dict[str, tuple[int, int]] = SHAPES) -> BlockView:
     """Make weights whose in_channels meet activations of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
-    weights, fisher, activation = {}, {}, {}
+    weights, fisher, activation, pivots = {}, {}, {}, {}
     for name, (out, width) in shapes.items():
         weights[name] = torch.randn(out, width, generator=generator) * (
             1 + torch.rand(width, generator=generator)
@@ -35,8 +35,9 @@ def block(seed: int = 0, shapes: dict[str, tuple[int, int]] = SHAPES) -> BlockVi
         rows = torch.randn(out, generator=generator).exp2()
         fisher[name] = rows[:, None] * norms.square() * torch.rand(out, width, generator=generator)
         activation[name] = ActivationNorms(norms / 2, norms * 1.5, norms)
+        pivots[name] = norms.square() * torch.rand(width, generator=generator)
     groups = tuple(InputGroup((name,)) for name in shapes)
-    return BlockView(weights, Structure(groups, ()), fisher, activation)
+    return BlockView(weights, Structure(groups, ()), fisher, activation, pivots)
 
 
 def plan(method: Cmpq, view: BlockView, share: float) -> dict[str, LayerAllocation]:
@@ -282,6 +283,7 @@ def test_the_order_of_in_channels_does_not_matter(choices: dict[str, Any]) -> No
             name: ActivationNorms(*(part[order] for part in vars(view.activation[name]).values()))
             for name, order in orders.items()
         },
+        {name: view.pivots[name][order] for name, order in orders.items()},
     )
     before = rounded(method, view, plan(method, view, 0.5))
     after = rounded(method, moved, plan(method, moved, 0.5))
@@ -308,7 +310,7 @@ def test_compensation_loses_less_in_the_output(choices: dict[str, Any]) -> None:
 
 def test_a_dead_in_channel_and_a_dead_output_do_no_harm() -> None:
     view = block()
-    view.activation["a"].rms_rest[3] = 0
+    view.activation["a"].rms_rest[3] = view.pivots["a"][3] = 0
     view.fisher["a"][5] = 0
     view.weights["a"][:, 7] = 0.25
     tensor = rounded(Cmpq(base="nearest"), view, plan(Cmpq(base="nearest"), view, 0.5))["a"]
@@ -317,7 +319,11 @@ def test_a_dead_in_channel_and_a_dead_output_do_no_harm() -> None:
     assert (value[:, 7] == 0.25).all()
     assert bits(plan(Cmpq(), view, 0.5)["a"])[3] == 2
     nothing = ActivationNorms(*(torch.zeros(41) for _ in range(3)))
-    unseen = replace(view, activation={**view.activation, "a": nothing})
+    unseen = replace(
+        view,
+        activation={**view.activation, "a": nothing},
+        pivots={**view.pivots, "a": torch.zeros(41)},
+    )
     for sensitivity in ("fisher", "activation"):
         plan(Cmpq(sensitivity=sensitivity), unseen, 0.5)
 
@@ -341,15 +347,16 @@ def test_budgets_are_met_from_below(choices: dict[str, Any], share: float) -> No
 def test_what_each_choice_needs_is_measured() -> None:
     assert Cmpq(**PAPER).statistics == ("activation",)
     assert Cmpq(**PAPER).block_statistics == ()
-    assert Cmpq().statistics == ("activation", "fisher")
+    assert Cmpq().statistics == ("activation", "pivots", "fisher")
+    assert Cmpq(base="nearest").statistics == ("activation", "fisher")
     assert Cmpq().block_statistics == ("hessian",)
 
 
-def test_scores_are_kept_for_other_roundings_only() -> None:
+def test_scores_are_kept_for_what_comes_after_them_only() -> None:
     parameters = Cmpq().score_parameters()
-    for change in ({"base": "nearest"}, {"tail": 0.1}, {"scope": "layer"}, {"damping": 0.1}):
+    for change in ({"act_order": False}, {"tail": 0.1}, {"scope": "layer"}, {"damping": 0.1}):
         assert Cmpq(**change).score_parameters() == parameters
-    for change in ({"sensitivity": "activation"}, {"drop_first": False}, {"weight_outliers": 0.1}):
+    for change in ({"sensitivity": "activation"}, {"drop_first": False}, {"base": "nearest"}):
         assert Cmpq(**change).score_parameters() != parameters
 
 

@@ -266,6 +266,17 @@ class TestCompensated:
         assert not wrong_codes(tensor, layer, sweep).any()
         formats.get.cache_clear()
 
+    def test_grids_hold_weights_that_compensation_has_made_large(self):
+        # Two in_channels that are nearly one: what rounding the first leaves moves to the second
+        # a thousandfold, since that one's activations are a thousand times smaller.
+        x = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+        inputs = torch.cat([x, x / 1000, torch.ones(64, 1) * 1e-3], dim=1)
+        layer = random_layer(0, (8, 3), (8, 1), ("codebook1",))
+        weight = weights(0, (8, 3))
+        tensor = compensated(weight, layer, inputs.t() @ inputs, damping=1e-8)
+        assert tensor.dequantize().isfinite().all()
+        assert tensor.dequantize().abs().max() > 8 * weight.abs().max()
+
     @pytest.mark.parametrize("seed", range(3))
     def test_grids_that_follow_lose_less_than_static_ones(self, seed):
         shape = (64, 96)

@@ -26,6 +26,7 @@ EXAMPLES = tuple(f"codebook{bits}" for bits in range(1, 9))
 OPTIMAL_BITS = 4
 """Widest codebook that is fitted to the optimum."""
 _REFIT_STEPS = 8
+_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class CodebookFormat(Format):
     def name(self) -> str:
         """The spelling that `formats.get` reads back."""
         return f"codebook{self.bits}"
+
+    def tensor_scale(self, largest: float) -> float:
+        """Bring `largest` into [2^9, 2^10): compensation may enlarge weights before they are coded.
+
+        The grid then holds values 64 times as large, and those of tiles down to 2^-23 of `largest`
+        keep all bits.
+        """
+        return Format.tensor_scale(self, 16 * largest)
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Parameters:
         """Find each tile's centres of least squared error, weighted by `importance`."""
@@ -67,4 +76,4 @@ def parse(name: str) -> Format:
 
 
 def _stored(centres: Tensor) -> Tensor:
-    return centres.to(torch.float16).to(torch.float32)
+    return centres.clamp(-_LARGEST, _LARGEST).to(torch.float16).to(torch.float32)

@@ -38,6 +38,7 @@ class BlockView:
     structure: Structure
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     activation: Mapping[str, ActivationNorms] = field(default_factory=dict)
+    pivots: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,22 @@ the widths can be met.  A few in_channels with the very largest activations, and
 weights that rounding hurts most, are kept in 16 bits.  Here the width is the one with the best gain
 per byte, which needs no rule:
 
-    cost[j, b] = a_j^2 sum_o g_o (W[o, j] - W_b[o, j])^2        W_b: W by 2^b centres a column
+    cost[j, b] = p_j sum_o g_o (W[o, j] - W_b[o, j])^2        W_b: W by 2^b centres a column
 
 | symbol | variable | meaning |
 |---|---|---|
-| a_j | in_importance = a_j^2 | root mean square of in_channel j's activations |
+| a_j | norm | root mean square of in_channel j's activations |
+| p_j | in_importance | a_j^2; compensated: what later in_channels leave of it (`pivots`) |
 | g_o | out_importance | mean squared loss gradient of output o, from the Fisher information |
 | b_j | tile_map | width of in_channel j |
 | O_act | kept tiles | in_channels in format fp16, a share `act_outliers` |
 | O_q | outliers | single weights, a share `weight_outliers` |
 
 The paper's full text was not available: how it maps norms to widths is a *reconstruction*
-(``widths="tails"``), as are its shares and its k-means; `PAPER` is that configuration.  Ours is the
-gain per byte, the Fisher factor, the codebook inside GPTQ's sweep, and a norm without the first
-token of a sequence.  docs/methods/cmpq.md says which is whose, and holds the measurements.
+(``widths="tails"``), as are its shares and its k-means; `PAPER` is that configuration.  Ours are
+the gain per byte, the Fisher factor, the price after compensation, the codebook inside GPTQ's
+sweep, and a norm without the first token of a sequence.  docs/methods/cmpq.md says which is whose,
+and holds the measurements.
 """
 
 from __future__ import annotations
@@ -134,8 +136,18 @@ class Cmpq(Method):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Activation norms, and Fisher information where outputs are told apart."""
-        return ("activation", "fisher") if self.sensitivity == "fisher" else ("activation",)
+        """Activation norms, what of them is not explained, and Fisher information: as needed."""
+        wanted = {
+            "activation": True,
+            "pivots": self._compensates,
+            "fisher": self.sensitivity == "fisher",
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
+
+    @property
+    def _compensates(self) -> bool:
+        """Whether costs are those that remain after compensation."""
+        return self.widths == "gain" and self.base == "gptq"
 
     @property
     def block_statistics(self) -> tuple[str, ...]:
@@ -144,8 +156,8 @@ class Cmpq(Method):
 
     def score_parameters(self) -> dict[str, Any]:
         """Leave out what only allocating and rounding need."""
-        late = {"tail", "scope"}
-        return {key: value for key, value in super().score_parameters().items() if key not in late}
+        late = {"tail", "scope", "damping", "act_order"}
+        return {key: value for key, value in self.parameters().items() if key not in late}
 
     def blank(
         self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
@@ -166,11 +178,12 @@ class Cmpq(Method):
             kept = torch.zeros(power.numel(), dtype=torch.bool)
             kept[order[: self._kept(power.numel())]] = True
             table = self._table(name, (weight.shape[0], weight.shape[1]), kept)
-            table = replace(table, in_importance=square.float())
+            price = block.pivots[name] if self._compensates else square.float()
+            table = replace(table, in_importance=price)
             if self.sensitivity == "fisher":
                 table = replace(table, out_importance=_worth(block.fisher[name], square))
             if self.widths == "gain":
-                table = replace(table, cost=table.cost + self._costs(weight, table))
+                table = replace(table, cost=table.cost + self._costs(weight, table, square))
             tables.append(table)
             norms.append(power[None])
         return BlockScores(tables, norms)
@@ -237,16 +250,15 @@ class Cmpq(Method):
             outlier_format=self.outlier_format,
         )
 
-    def _costs(self, weight: Tensor, table: TileCosts) -> Tensor:
-        """Measure what each width of each in_channel costs: [formats, 1, in]."""
-        square = table.in_importance
-        assert square is not None
-        rows = table.out_importance
+    def _costs(self, weight: Tensor, table: TileCosts, square: Tensor) -> Tensor:
+        """Measure what each width of each tile costs: [formats, 1, tiles]."""
+        price, rows = table.in_importance, table.out_importance
+        assert price is not None
         if rows is None:
             # Outputs are compared by their own size: an error counts by its share of it.
-            power = (weight.float().square().mean(0) * square).sum()
-            rows = torch.full((weight.shape[0],), 1 / max(float(power), 1e-30))
-        importance = rows[:, None] * square
+            power = float((weight.double().square().mean(0) * square).sum())
+            rows = torch.full((weight.shape[0],), 1 / max(power, 1e-30))
+        importance = rows[:, None] * price
         cost = torch.zeros(table.cost.shape, dtype=torch.float64)
         for index, each in enumerate(self.formats):
             cost[index] = rounding.tile_errors(

@@ -200,19 +200,20 @@ class _Scorer:
         reads = self.method.fits_any_budget
         block = self.source.load_block(index) if reads else self.source.empty_block(index)
         found = self.structures.of(index, block)
-        fisher, activation = self._fisher(index), self._activation(index)
+        fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
+        activation = self._activation(index)
         if residual is not None:
             permute_residual_block(block, found, residual)
             fisher = _permute_residual(fisher, found, residual)
-            activation = _permute_inputs(activation, found, residual)
+            activation, pivots = _permute_inputs(activation, pivots, found, residual)
         weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
-        view = BlockView(weights, found, fisher, activation)
+        view = BlockView(weights, found, fisher, activation, pivots)
         return self.method.score(view)
 
-    def _fisher(self, index: int) -> dict[str, Tensor]:
-        if "fisher" not in self.method.statistics or self.statistics is None:
+    def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
+        if statistic not in self.method.statistics or self.statistics is None:
             return {}
-        return self.statistics.read(index, "fisher")
+        return self.statistics.read(index, statistic)
 
     def _activation(self, index: int) -> dict[str, ActivationNorms]:
         if "activation" not in self.method.statistics or self.statistics is None:
@@ -269,16 +270,20 @@ def _permute_residual(
 
 
 def _permute_inputs(
-    norms: dict[str, ActivationNorms], found: Structure, order: Tensor
-) -> dict[str, ActivationNorms]:
+    activation: dict[str, ActivationNorms],
+    pivots: dict[str, Tensor],
+    found: Structure,
+    order: Tensor,
+) -> tuple[dict[str, ActivationNorms], dict[str, Tensor]]:
     """Reorder the in_channels of residual readers."""
-    moved = dict(norms)
-    for group in found.inputs:
-        if group.reads_residual and norms:
-            for name in group.linears:
-                parts = {key: value[order] for key, value in vars(norms[name]).items()}
-                moved[name] = ActivationNorms(**parts)
-    return moved
+    readers = {name for group in found.inputs if group.reads_residual for name in group.linears}
+    norms = {
+        name: ActivationNorms(**{key: part[order] for key, part in vars(each).items()})
+        if name in readers
+        else each
+        for name, each in activation.items()
+    }
+    return norms, {name: each[order] if name in readers else each for name, each in pivots.items()}
 
 
 def _renamed(part: BlockScores, prefix: str) -> BlockScores:

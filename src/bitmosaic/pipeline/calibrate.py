@@ -35,6 +35,8 @@ from bitmosaic.pipeline.common import (
 MANIFEST = "statistics.json"
 KINDS = {"input": "inputs", "gradient": "block"}
 """How a block's file is called, by what its statistics observe."""
+EVERY = ("activation", "pivots", "fisher")
+"""The statistics of the original model that methods may ask for."""
 _GRADIENTS = "gradients.safetensors"
 DEFAULT_MEMORY_CAP = 256 * 2**20
 """Bytes of block inputs kept in memory; beyond it they go to files."""
@@ -95,7 +97,7 @@ def calibrate(
     tokens: Tensor,
     directory: Path,
     *,
-    names: Sequence[str] = ("activation", "fisher"),
+    names: Sequence[str] = EVERY,
     memory_cap: int = DEFAULT_MEMORY_CAP,
     track: Track = quiet,
     text: Any = "",
@@ -173,8 +175,11 @@ def _forward(
         measured: dict[str, Tensor] = {}
         for group in found.inputs:
             for name, statistic in sums[group.linears[0]].items():
-                for part, value in vars(statistic.value()).items():
-                    measured |= {f"{layer}.{name}.{part}": value for layer in group.linears}
+                value = statistic.value()
+                parts = {"": value} if isinstance(value, Tensor) else vars(value)
+                for part, tensor in parts.items():
+                    key = f"{name}.{part}" if part else name
+                    measured |= {f"{layer}.{key}": tensor for layer in group.linears}
         checkpoint.write_tensors(path, measured)
 
 
