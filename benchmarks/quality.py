@@ -33,6 +33,7 @@ from bitmosaic.allocation import Budget, BudgetError
 from bitmosaic.evaluation.divergence import divergence
 from bitmosaic.evaluation.text import document_sequences, stdlib_windows, token_windows
 from bitmosaic.linear import set_activations
+from bitmosaic.methods.septq import PAPER
 from bitmosaic.model.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rtn": {"default": {}},
-    "gptq": {"default": {}},
+    "gptq": {"default": {}, "search": {"shrinks": 80}},
     "layerwise": {"default": {}, "nearest": {"base": "nearest"}},
     "sfmp": {
         "default": {},
@@ -62,6 +63,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nearest_unsorted": {"base": "nearest", "reorder": "none"},
         "nearest_tile512": {"base": "nearest", "tile_out": 512},
         "nearest_tile32": {"base": "nearest", "tile_out": 32},
+    },
+    "septq": {
+        "paper": PAPER,
+        "improved": {},
     },
 }
 """Methods and their modes; `default` is what a user gets, the others are ablations."""

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,9 @@ class OutputPlan:
         return self.total_bytes(everything) - arrays + slack
 
     def _largest(self, tables: Sequence[TileCosts]) -> int:
-        """Bytes of the output with every tile in its largest format."""
+        """Bytes of the output with every tile in its largest format, and all outliers."""
         widest = {
-            table.name: table.plan(
+            table.name: replace(table, outliers=table.outliers + table.spare_outliers).plan(
                 table.bytes().masked_fill(~table.allowed, -1).argmax(0).to(torch.uint8)
             )
             for table in tables

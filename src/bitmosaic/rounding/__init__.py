@@ -5,7 +5,10 @@ method can combine them.
 """
 
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale
-from bitmosaic.rounding.compensated import compensated, compensation_factor
+from bitmosaic.rounding.compensated import compensated
+from bitmosaic.rounding.factor import Factor, compensation_factor, factorise
+from bitmosaic.rounding.grids import grid_search
+from bitmosaic.rounding.masks import largest, sensitivity
 from bitmosaic.rounding.nearest import (
     encode_nearest,
     nearest,
@@ -17,13 +20,18 @@ from bitmosaic.rounding.nearest import (
 __all__ = [
     "CLIP_SHRINKS",
     "SCALE_RATIOS",
+    "Factor",
     "awq_clip",
     "awq_scale",
     "compensated",
     "compensation_factor",
     "encode_nearest",
+    "factorise",
+    "grid_search",
+    "largest",
     "nearest",
     "nearest_kept",
     "output_error",
+    "sensitivity",
     "tile_errors",
 ]

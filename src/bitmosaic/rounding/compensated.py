@@ -20,6 +20,7 @@ from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
+from bitmosaic.rounding.factor import Factor, factorise
 from bitmosaic.rounding.learned import LearnedGrids
 from bitmosaic.tensor import (
     OUTLIER_DTYPES,
@@ -32,59 +33,6 @@ from bitmosaic.tensor import (
 from bitmosaic.tiling import Section
 
 
-def compensation_factor(
-    hessian: Float[Tensor, "in in"], damping: float, name: str = "hessian"
-) -> Float[Tensor, "in in"]:
-    """Return the unit upper triangular N of H = N D N^T, H damped by a share of its mean diagonal.
-
-    The error of rounding, delta H delta^T, is then a sum of squares of (delta N)_j, each of which
-    only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij makes the
-    j-th one as small as it can be: that is GPTQ's compensation (its U is N D^(1/2) inverted), from
-    one Cholesky factorisation of H with its order reversed, in^3/3 operations, without an inverse.
-    In_channels without any activation get a mean diagonal.
-    """
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    damped.diagonal()[diagonal == 0] = mean if mean > 0 else 1.0
-    if not _factorise(damped):
-        raise ValueError(
-            f"{name} must be positive definite after damping, but its factorisation fails at "
-            f"{hessian.shape[0]} in_channels with damping {damping:g}. Use more calibration "
-            f"samples or a damping of {max(10 * damping, 0.01):g}."
-        )
-    return damped
-
-
-_FACTOR_BLOCK = 512
-
-
-def _factorise(matrix: Float[Tensor, "n n"]) -> bool:
-    """Replace a matrix by its unit upper factor N, from the last block up; False if it has none.
-
-    LAPACK through torch runs at half the speed of these products, and then spends as long again on
-    zeroing the other triangle (4096 wide, one thread).
-    """
-    for stop in range(matrix.shape[0], 0, -_FACTOR_BLOCK):
-        start = max(0, stop - _FACTOR_BLOCK)
-        lower, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].flip(0, 1))
-        corner = lower.flip(0, 1)  # upper triangular: the corner is corner @ corner.t()
-        pivots = corner.diagonal()
-        if int(info) or not bool(pivots.isfinite().all()):
-            return False
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=True)
-        above = matrix[:start, start:stop] @ inverse.t()
-        for last in range(start, 0, -_FACTOR_BLOCK):
-            first = max(0, last - _FACTOR_BLOCK)
-            matrix[:last, first:last].addmm_(above[:last], above[first:last].t(), alpha=-1)
-        torch.div(above, pivots, out=above)
-        matrix[:start, start:stop] = above
-        matrix[start:stop, start:stop] = corner / pivots
-        matrix[start:stop, :start] = 0
-    return True
-
-
 def compensated(
     weight: Float[Tensor, "out in"],
     layer: LayerAllocation,
@@ -94,6 +42,8 @@ def compensated(
     act_order: bool = False,
     static_groups: bool = False,
     outliers: Bool[Tensor, "out in"] | None = None,
+    grids: QuantizedTensor | None = None,
+    factor: Factor | None = None,
     name: str = "hessian",
 ) -> QuantizedTensor:
     """Round column by column, moving each column's error onto the columns not yet rounded (GPTQ).
@@ -107,24 +57,24 @@ def compensated(
     the layer's `out_importance`; unless groups are static it then follows the compensated ones.
 
     `outliers` marks weights that are kept: each at the value it has come to at its column.
+    `grids` is any rounding of the same plan, whose scales and zero points are to be used; `factor`
+    is `factorise`'s of the same arguments, where it is known already.
     """
+    static_groups = static_groups or grids is not None
     if act_order and not static_groups and layer.tile[1] > 1:
         raise ValueError(
             "act_order must go with static_groups, with tiles one column wide, or with columns "
             "stored in that order (in_permutation), since a group's columns are visited apart "
             "otherwise."
         )
-    stored = hessian
-    if layer.in_permutation is not None:
-        stored = hessian[layer.in_permutation][:, layer.in_permutation]
-    visit = torch.arange(stored.shape[0])
-    if act_order:
-        visit = torch.argsort(stored.diagonal(), descending=True, stable=True)
-        stored = stored[visit][:, visit]
-    factor = compensation_factor(stored, damping, name)
+    if factor is None:
+        stored = hessian
+        if layer.in_permutation is not None:
+            stored = hessian[layer.in_permutation][:, layer.in_permutation]
+        factor = factorise(stored, damping, act_order=act_order, name=name)
     orders = (layer.out_permutation, layer.in_permutation)
     kept = None if outliers is None else permute(outliers, *orders)
-    sweep = _Sweep(permute(weight, *orders), layer, visit, factor, static_groups, kept)
+    sweep = _Sweep(permute(weight, *orders), layer, factor, static_groups, kept, grids)
     sweep.run()
     tensor = sweep.pack()
     if outliers is None:
@@ -153,12 +103,13 @@ class _Sweep:
         self,
         ordered: Tensor,
         layer: LayerAllocation,
-        visit: Tensor,
-        factor: Tensor,
+        factor: Factor,
         static_groups: bool,
         kept: Tensor | None,
+        grids: QuantizedTensor | None,
     ) -> None:
-        self.layer, self.factor, self.static = layer, factor, static_groups
+        self.layer, self.factor, self.static = layer, factor.unit, static_groups
+        visit = factor.visit
         self.kept = None if kept is None else kept.t().contiguous()
         self.visit = visit.tolist()
         self.largest = largest_magnitude(ordered)
@@ -176,7 +127,9 @@ class _Sweep:
         self.groups = _Groups(
             layer, chosen, scales, self.columns.shape[1], learned, not static_groups
         )
-        if static_groups:
+        if grids is not None:
+            self.groups.take(grids)
+        elif static_groups:
             for column in range(transposed.shape[0]):
                 self.groups.enter(column, lambda part: transposed[part])
 
@@ -320,6 +273,20 @@ class _Groups:
             self._column = tile_column
         return self._members
 
+    def take(self, grids: QuantizedTensor) -> None:
+        """Use the groups' parameters of a tensor of the same plan."""
+        assert grids.formats == self.formats
+        assert not any(fmt.learned_grid for fmt in self.formats)
+        for section, _, parameters in grids.sections():
+            fmt, tensor_scale = section.format, self.tensor_scales[section.format_index]
+            if parameters.scale is None:
+                continue
+            self._put(section, self.scale, parameters.scale * tensor_scale)
+            zero = parameters.zero_point
+            if zero is None:
+                zero = torch.full_like(parameters.scale, fmt.fixed_zero_point)
+            self._put(section, self.zero_point, zero)
+
     def enter(self, stored: int, read: Callable[[Tensor], Tensor]) -> None:
         """Fit the groups whose first stored column is `stored`, from `read(columns) [n, rows]`."""
         tile_column, offset = divmod(stored, self.tile_columns)
@@ -373,21 +340,23 @@ class _Groups:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""
         if section.format.learned_grid is not None:
             return self.learned.recall(self.formats.index(section.format), section)
-        first_row = section.row_start
-        first_column = section.column_start // self.tile_columns
-        tall, wide = section.picked.shape
-
-        def box(table: Tensor) -> Tensor:
-            part = table[
-                first_column : first_column + wide,
-                : section.groups,
-                first_row : first_row + tall * section.rows,
-            ]
-            tiles = part.reshape(wide, section.groups, tall, section.rows).permute(2, 0, 3, 1)
-            return tiles[section.picked]
-
         index = self.formats.index(section.format)  # the section's counts formats in use only
-        return self._parameters(index, box(self.scale), box(self.zero_point))
+        scale, zero_point = self._get(section, self.scale), self._get(section, self.zero_point)
+        return self._parameters(index, scale, zero_point)
+
+    def _box(self, section: Section, table: Tensor) -> Tensor:
+        """View the part of a table that a section picks from: [tall, wide, rows, groups]."""
+        first = section.column_start // self.tile_columns
+        tall, wide = section.picked.shape
+        rows = slice(section.row_start, section.row_start + tall * section.rows)
+        part = table[first : first + wide, : section.groups, rows]
+        return part.unflatten(2, (tall, section.rows)).permute(2, 0, 3, 1)
+
+    def _get(self, section: Section, table: Tensor) -> Tensor:
+        return self._box(section, table)[section.picked]
+
+    def _put(self, section: Section, table: Tensor, values: Tensor) -> None:
+        self._box(section, table)[section.picked] = values
 
     def _parameters(self, index: int, scale: Tensor, zero_point: Tensor) -> Parameters:
         """Undo the merging with the tensor scale (a power of two where there are scales: exact)."""
