@@ -58,9 +58,13 @@ class TileCosts:
 
     @property
     def overhead(self) -> int:
-        """Bytes beside the tiles if every format is used: map, scales, permutations, outliers."""
+        """Bytes beside the tiles if all formats are used that can be: map, scales, orders, outliers.
+
+        A matrix cannot use more formats than it has tiles.
+        """
         tiles = self.cost[0].numel()
-        total = 4 * len(self.formats) + map_bits(len(self.formats)) * packed_bytes(tiles)
+        used = min(len(self.formats), tiles)
+        total = 4 * used + map_bits(used) * packed_bytes(tiles)
         if self.in_permutation is not None:
             total += permutation_bytes(self.shape[1])
         if self.out_permutation is not None:

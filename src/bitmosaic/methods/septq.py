@@ -258,7 +258,9 @@ class Septq(Method):
         if self.outlier_fraction is None:
             total = most_outliers(tables, split, left)
             return None if total is None else split(total)
-        counts = split(sum(table.outliers for table in tables))
+        counts = [table.outliers for table in tables]
+        if self.scope == "model":
+            counts = split(sum(counts))
         return counts if _outlier_bytes(tables, counts) <= left else None
 
     def quantize(
