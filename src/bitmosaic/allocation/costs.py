@@ -58,7 +58,7 @@ class TileCosts:
 
     @property
     def overhead(self) -> int:
-        """Bytes beside the tiles if all formats are used that can be: map, scales, orders, outliers.
+        """Bytes beside the tiles if all formats are used that can be: map, scales, orders.
 
         A matrix cannot use more formats than it has tiles.
         """

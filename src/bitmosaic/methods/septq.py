@@ -58,7 +58,7 @@ from bitmosaic.methods.base import (
     row_worth,
 )
 from bitmosaic.rounding import Factor
-from bitmosaic.tensor import OUTLIER_DTYPES, QuantizedTensor, outlier_bytes
+from bitmosaic.tensor import OUTLIER_FORMATS, RESIDUAL, QuantizedTensor, outlier_bytes
 
 SCORES = ("code", "paper")
 SCOPES = ("model", "layer")
@@ -70,6 +70,7 @@ PAPER: dict[str, Any] = {
     "scope": "layer",
     "shrinks": 80,
     "alternations": 0,
+    "refit": False,
     "act_order": False,
 }
 """The paper's configuration; its share of 1 % is `outlier_fraction=0.01`."""
@@ -98,7 +99,12 @@ class Septq(Method):
             those chosen again (0 as published).
         mask_from: ``sequential``: which weights are kept is decided on inputs from the quantized
             blocks before; ``calibration``: on the original model's.
-        outlier_format: type of the kept weights.
+        rescore: choose again which weights are kept by the weights as a first sweep has moved
+            them, and sweep again.
+        refit: move scales and kept values to where, given the codes, the output error is least.
+        outlier_format: type of the kept weights; ``int8``: as residuals in two bytes, place
+            included (a share then counts pairs of bytes: a few less are kept where they lie far
+            apart).
         damping: share of the Hessian's mean diagonal added to it.
         act_order: visit in_channels by falling diagonal of the Hessian.
     """
@@ -122,6 +128,8 @@ class Septq(Method):
     shrinks: int = 20
     alternations: int = 2
     mask_from: str = "sequential"
+    rescore: bool = False
+    refit: bool = True
     outlier_format: str = "fp16"
     damping: float = 0.01
     act_order: bool = True
@@ -132,7 +140,7 @@ class Septq(Method):
         require_one_of("scope", self.scope, SCOPES)
         require_one_of("score_by", self.score_by, SCORES)
         require_one_of("mask_from", self.mask_from, MASKS)
-        require_one_of("outlier_format", self.outlier_format, tuple(OUTLIER_DTYPES))
+        require_one_of("outlier_format", self.outlier_format, OUTLIER_FORMATS)
         share = self.outlier_fraction
         fits = share is None or 0 <= share <= 1
         require(fits, "outlier_fraction", "between 0 and 1, or none", share, "Try 0.01.")
@@ -169,7 +177,7 @@ class Septq(Method):
 
     def score_parameters(self) -> dict[str, Any]:
         """Leave out what only allocating and rounding need."""
-        late = {"choose", "damping", "act_order", "score_by"}
+        late = {"choose", "damping", "act_order", "score_by", "rescore", "refit"}
         return {key: value for key, value in self.parameters().items() if key not in late}
 
     def blank(
@@ -271,9 +279,19 @@ class Septq(Method):
         assert hessian is not None
         factor = rounding.factorise(hessian, self.damping, act_order=self.act_order, name=name)
         grids, mask = self._grids_and_mask(name, weight, layer, factor)
-        return rounding.compensated(
-            weight, layer, hessian, outliers=mask, grids=grids, factor=factor, name=name
-        )
+
+        def sweep() -> QuantizedTensor:
+            return rounding.compensated(
+                weight, layer, hessian, outliers=mask, grids=grids, factor=factor, name=name
+            )
+
+        tensor = sweep()
+        if self.rescore and mask is not None:
+            reached = factor.reached(weight, tensor.dequantize())
+            bare = tensor.without_outliers().dequantize()
+            mask = self._mask(name, reached, bare, layer, factor)
+            tensor = sweep()
+        return rounding.refit(weight, tensor, hessian, self.damping) if self.refit else tensor
 
     def _grids_and_mask(
         self, name: str, weight: Tensor, layer: LayerAllocation, factor: Factor
@@ -283,19 +301,23 @@ class Septq(Method):
         grids = rounding.nearest(weight, layer, encode=encode)
         if not layer.outliers:
             return grids, None
+        mask = self._mask(name, weight, grids.dequantize(), layer, factor)
+        for _ in range(self.alternations):
+            grids = rounding.nearest(weight, layer, (~mask).float(), encode)
+            mask = self._mask(name, weight, grids.dequantize(), layer, factor)
+        return grids, mask
+
+    def _mask(
+        self, name: str, weight: Tensor, rounded: Tensor, layer: LayerAllocation, factor: Factor
+    ) -> Tensor:
+        """Mark the weights whose rounding costs most."""
         price = layer.in_importance
         if price is None:
             price = factor.pivots if self.score_by == "code" else factor.lone_pivots
-
-        def choose() -> Tensor:
-            score = rounding.sensitivity(weight, grids.dequantize(), price, layer.out_importance)
-            return rounding.largest(score, layer.outliers, name)
-
-        mask = choose()
-        for _ in range(self.alternations):
-            grids = rounding.nearest(weight, layer, (~mask).float(), encode)
-            mask = choose()
-        return grids, mask
+        score = rounding.sensitivity(weight, rounded, price, layer.out_importance)
+        if layer.outlier_format == RESIDUAL:
+            return rounding.largest_within(score, layer.outliers, name)
+        return rounding.largest(score, layer.outliers, name)
 
 
 def _outlier_bytes(tables: Sequence[TileCosts], counts: Sequence[int]) -> int:

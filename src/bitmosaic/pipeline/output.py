@@ -27,8 +27,10 @@ from bitmosaic.checkpoint import Entry
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.model.inventory import embedding_modules, plain_entries, tensor_bytes
 from bitmosaic.model.source import Source
+from bitmosaic.residuals import stream_bytes
 from bitmosaic.tensor import (
     OUTLIER_DTYPES,
+    RESIDUAL,
     QuantizedTensor,
     drop_unused,
     index_dtype,
@@ -190,7 +192,9 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
         if getattr(layer, side) is not None:
             dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
-    if layer.outliers:
+    if layer.outliers and layer.outlier_format == RESIDUAL:
+        found.append(Entry(f"{name}.outlier_stream", torch.uint8, (stream_bytes(layer.outliers),)))
+    elif layer.outliers:
         rows, width = layer.shape
         count = (layer.outliers,)
         found += [

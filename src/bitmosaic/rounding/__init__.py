@@ -8,7 +8,7 @@ from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_sca
 from bitmosaic.rounding.compensated import compensated
 from bitmosaic.rounding.factor import Factor, compensation_factor, factorise
 from bitmosaic.rounding.grids import grid_search
-from bitmosaic.rounding.masks import largest, sensitivity
+from bitmosaic.rounding.masks import largest, largest_within, sensitivity
 from bitmosaic.rounding.nearest import (
     encode_nearest,
     nearest,
@@ -16,6 +16,7 @@ from bitmosaic.rounding.nearest import (
     output_error,
     tile_errors,
 )
+from bitmosaic.rounding.refit import refit
 
 __all__ = [
     "CLIP_SHRINKS",
@@ -29,9 +30,11 @@ __all__ = [
     "factorise",
     "grid_search",
     "largest",
+    "largest_within",
     "nearest",
     "nearest_kept",
     "output_error",
+    "refit",
     "sensitivity",
     "tile_errors",
 ]

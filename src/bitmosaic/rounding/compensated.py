@@ -20,15 +20,18 @@ from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
+from bitmosaic.residuals import LARGEST
 from bitmosaic.rounding.factor import Factor, factorise
 from bitmosaic.rounding.learned import LearnedGrids
 from bitmosaic.tensor import (
     OUTLIER_DTYPES,
+    RESIDUAL,
     QuantizedTensor,
     invert,
     pack_encoded,
     permute,
     with_outliers,
+    with_residuals,
 )
 from bitmosaic.tiling import Section
 
@@ -56,7 +59,8 @@ def compensated(
     the original weights.  A learned grid is fitted on the original weights of its tile, weighted by
     the layer's `out_importance`; unless groups are static it then follows the compensated ones.
 
-    `outliers` marks weights that are kept: each at the value it has come to at its column.
+    `outliers` marks weights that are kept: each at the value it has come to at its column, or
+    (int8, with `grids`) at the nearest that a residual reaches.
     `grids` is any rounding of the same plan, whose scales and zero points are to be used; `factor`
     is `factorise`'s of the same arguments, where it is known already.
     """
@@ -74,15 +78,36 @@ def compensated(
         factor = factorise(stored, damping, act_order=act_order, name=name)
     orders = (layer.out_permutation, layer.in_permutation)
     kept = None if outliers is None else permute(outliers, *orders)
-    sweep = _Sweep(permute(weight, *orders), layer, factor, static_groups, kept, grids)
+    step = None
+    if outliers is not None and layer.outlier_format == RESIDUAL:
+        assert grids is not None, "residuals must have grids that are known beforehand"
+        step = residual_step(weight, grids, outliers)
+    sweep = _Sweep(permute(weight, *orders), layer, factor, static_groups, kept, grids, step)
     sweep.run()
     tensor = sweep.pack()
     if outliers is None:
         return tensor
     inverse = [None if order is None else invert(order) for order in orders]
+    if step is not None:
+        codes = permute(sweep.residuals(), *inverse)
+        return with_residuals(tensor, codes, outliers, step, layer.outliers)
     return with_outliers(
         tensor, permute(sweep.reached_values(), *inverse), outliers, layer.outlier_format
     )
+
+
+def residual_step(
+    weight: Float[Tensor, "out in"],
+    grids: QuantizedTensor,
+    outliers: Bool[Tensor, "out in"],
+) -> float:
+    """Choose the step of residuals, in units of a group's scale: 127 reach the largest.
+
+    One unit more, since weights move until their column's turn.
+    """
+    off = (weight.float() - grids.dequantize()).abs_().div_(grids.units())
+    largest = float(off[outliers].max()) if bool(outliers.any()) else 0.0
+    return float(torch.tensor((largest + 1) / LARGEST, dtype=torch.float32))
 
 
 _LEAF, _ALIGNED = 32, 128
@@ -107,7 +132,9 @@ class _Sweep:
         static_groups: bool,
         kept: Tensor | None,
         grids: QuantizedTensor | None,
+        step: float | None,
     ) -> None:
+        self.step = step
         self.layer, self.factor, self.static = layer, factor.unit, static_groups
         visit = factor.visit
         self.kept = None if kept is None else kept.t().contiguous()
@@ -118,6 +145,9 @@ class _Sweep:
         transposed = ordered.to(torch.float32).t().contiguous()
         self.columns = transposed if _in_order(visit) else transposed[visit]
         self.left = self.columns.clone()
+        self.added = torch.zeros(0, 0, dtype=torch.int8)
+        if step is not None:
+            self.added = torch.zeros(self.columns.shape, dtype=torch.int8)
         self.reached = torch.zeros(self.columns.shape[0], dtype=torch.int64)
         widest = max(fmt.bits for fmt in chosen)
         self.codes = torch.empty(
@@ -162,9 +192,18 @@ class _Sweep:
             before = None if self.kept is None else left.clone()
             self.groups.round(stored, value, left, codes[column - start])
             if self.kept is not None and before is not None:
-                stands = value.to(OUTLIER_DTYPES[self.layer.outlier_format]).to(left.dtype)
+                stands = self._stands(stored, value, before - left)
                 torch.where(self.kept[stored], before - stands, left, out=left)
         self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
+
+    def _stands(self, stored: int, value: Tensor, decoded: Tensor) -> Tensor:
+        """What a column's weights [out] will be where they are kept."""
+        if self.step is None:
+            return value.to(OUTLIER_DTYPES[self.layer.outlier_format]).to(value.dtype)
+        unit = self.groups.unit(stored) * self.step
+        code = ((value - decoded) / unit).round_().clamp_(-LARGEST, LARGEST)
+        self.added[stored] = code.to(torch.int8)
+        return torch.addcmul(decoded, code, unit)
 
     def _current(self, column: int, part: Tensor) -> Tensor:
         """Weights of the adjoining columns `part`, from `column` on, as compensated so far.
@@ -192,6 +231,10 @@ class _Sweep:
         values = torch.empty_like(self.columns)
         values[self.visit] = self.columns
         return values.t()
+
+    def residuals(self) -> Tensor:
+        """Codes of all residuals: [out, in], in stored order."""
+        return self.added.t()
 
     def pack(self) -> QuantizedTensor:
         """Pack the codes found; the groups' parameters are already rounded to their stored form."""
@@ -335,6 +378,17 @@ class _Groups:
             code = fmt.encode(column[None, :, None, None] / tensor_scale, parameters)
             codes[rows] = code.flatten().to(codes.dtype)
             left[rows] -= fmt.decode(code, parameters).flatten() * tensor_scale
+
+    def unit(self, stored: int) -> Tensor:
+        """Scale times tensor scale of each row in one column [rows]."""
+        tile_column, offset = divmod(stored, self.tile_columns)
+        result = torch.empty_like(self.bottom)
+        for index, rows in self.members(tile_column):
+            if self.formats[index].scale_format is None:
+                result[rows] = self.tensor_scales[index]
+            else:
+                result[rows] = self.scale[tile_column, offset // self.sizes[index], rows]
+        return result
 
     def recall(self, section: Section) -> Parameters:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""

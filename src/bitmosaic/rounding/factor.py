@@ -42,6 +42,14 @@ class Factor:
         result[self.visit] = lone.masked_fill(dead, 0.0)
         return result
 
+    def reached(
+        self, weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"]
+    ) -> Float[Tensor, "out in"]:
+        """Each weight as the sweep had moved it when its column was rounded."""
+        result = rounded.clone()
+        result[:, self.visit] += (weight - rounded)[:, self.visit] @ self.unit
+        return result
+
 
 def factorise(
     hessian: Float[Tensor, "in in"],
@@ -62,7 +70,7 @@ def factorise(
     visit = torch.arange(hessian.shape[0])
     if act_order:
         visit = torch.argsort(diagonal, descending=True, stable=True)
-    unit = _damped(hessian, damping)
+    unit = damped_hessian(hessian, damping)
     if act_order:
         unit = unit[visit][:, visit]
     pivots = torch.empty(unit.shape[0])
@@ -80,7 +88,8 @@ def compensation_factor(
     return factorise(hessian, damping, name=name).unit
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
+def damped_hessian(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """Add a share of the mean diagonal; in_channels without any activation get the mean."""
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     damped = hessian.clone()
@@ -96,7 +105,7 @@ def _remedy(hessian: Tensor, damping: float, name: str) -> str:
     if not bool(hessian.isfinite().all()):
         return f"{what}: it holds NaN or infinity. Check the model's weights and calibration text."
     larger = max(10 * damping, 1e-6)
-    while larger < 1 and not _factorise(_damped(hessian, larger), torch.empty(width)):
+    while larger < 1 and not _factorise(damped_hessian(hessian, larger), torch.empty(width)):
         larger *= 10
     enough = f"Use at least {width:,} calibration tokens, as many as in_channels"
     if larger >= 1:

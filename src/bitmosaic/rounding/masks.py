@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bitmosaic.residuals import gap_bytes
+
 
 def sensitivity(
     weight: Float[Tensor, "out in"],
@@ -38,4 +40,29 @@ def largest(
     mask = flat > threshold
     equal = (flat == threshold).nonzero()[:, 0]
     mask[equal[: count - int(mask.sum())]] = True
+    return mask.view(score.shape)
+
+
+def largest_within(
+    score: Float[Tensor, "out in"], pairs: int, name: str = "weight"
+) -> Bool[Tensor, "out in"]:
+    """Mark as many of the largest scores as fit, as residuals, into `pairs` pairs of bytes.
+
+    Each takes a byte, and the gaps between them one or more: another one always takes more bytes.
+    """
+    places = largest(score, pairs, name).flatten().nonzero()[:, 0]
+    order = places[torch.argsort(score.flatten()[places], descending=True, stable=True)]
+
+    def taken(count: int) -> int:
+        return count + gap_bytes(order[:count].sort().values)
+
+    low, high = 0, order.numel()
+    while low < high:
+        middle = (low + high + 1) // 2
+        if taken(middle) <= 2 * pairs:
+            low = middle
+        else:
+            high = middle - 1
+    mask = torch.zeros(score.numel(), dtype=torch.bool)
+    mask[order[:low]] = True
     return mask.view(score.shape)
