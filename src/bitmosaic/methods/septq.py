@@ -71,6 +71,7 @@ PAPER: dict[str, Any] = {
     "shrinks": 80,
     "alternations": 0,
     "refit": False,
+    "outlier_format": "fp16",
     "act_order": False,
 }
 """The paper's configuration; its share of 1 % is `outlier_fraction=0.01`."""
@@ -130,7 +131,7 @@ class Septq(Method):
     mask_from: str = "sequential"
     rescore: bool = False
     refit: bool = True
-    outlier_format: str = "fp16"
+    outlier_format: str = "int8"
     damping: float = 0.01
     act_order: bool = True
 
