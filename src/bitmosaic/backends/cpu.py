@@ -100,7 +100,10 @@ class CpuBackend(Backend):
             return _MISSING
         if tensor.outlier_stream is not None:  # comes to the kernels as plain outliers
             if tensor.shape[1] > _MOST_COLUMNS:
-                return f"Outliers among {tensor.shape[1]} columns have no place in its layout."
+                return (
+                    f"Outliers among {tensor.shape[1]} columns have no place in the prepared "
+                    "layout."
+                )
             tensor = tensor.without_outliers()
         described, _arrays = _describe(tensor)
         return _cpu.objection(described) or None

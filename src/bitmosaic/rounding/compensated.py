@@ -101,13 +101,23 @@ def residual_step(
     grids: QuantizedTensor,
     outliers: Bool[Tensor, "out in"],
 ) -> float:
-    """Choose the step of residuals, in units of a group's scale: 127 reach the largest.
+    """Choose the step of residuals, in units of a group's scale, by the least squared error.
 
-    One unit more, since weights move until their column's turn.
+    127 steps reach the largest residual and one unit more, since weights move until their column's
+    turn; or half as far, and so on, where a few groups of tiny scales would spoil all others.
     """
-    off = (weight.float() - grids.dequantize()).abs_().div_(grids.units())
-    largest = float(off[outliers].max()) if bool(outliers.any()) else 0.0
-    return float(torch.tensor((largest + 1) / LARGEST, dtype=torch.float32))
+    unit = grids.units()[outliers]
+    off = (weight.float() - grids.dequantize())[outliers] / unit
+    if not off.numel():
+        return 1.0
+    largest = float(off.abs().max()) + 1
+    steps = [float(torch.tensor(largest / LARGEST / 2**half)) for half in range(16)]
+
+    def error(step: float) -> float:
+        rounded = (off / step).round_().clamp_(-LARGEST, LARGEST).mul_(step)
+        return float((rounded - off).mul_(unit).double().square().sum())
+
+    return min(steps, key=error)
 
 
 _LEAF, _ALIGNED = 32, 128

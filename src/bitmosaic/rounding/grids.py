@@ -44,6 +44,7 @@ def _counted(section: Section, grouped: Tensor, importance: Tensor | None) -> Te
     counted = torch.ones(grouped.shape, dtype=torch.bool)
     if importance is not None:
         counted = section.group(importance) > 0
+        counted |= ~counted.any(-1, keepdim=True)  # of a group left out whole, all count
     size = grouped.shape[-1]
     if short := section.columns % size:
         counted[:, :, -1, short:] = False
