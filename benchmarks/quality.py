@@ -67,6 +67,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "septq": {
         "paper": PAPER,
         "improved": {},
+        "share_0": {"outlier_fraction": 0.0},
+        "share_0.05": {"outlier_fraction": 0.0005},
+        "share_0.45": {"outlier_fraction": 0.0045},
+        "share_1": {"outlier_fraction": 0.01},
+        "rescored": {"rescore": True},
+        "mask_from_calibration": {"mask_from": "calibration"},
+        "score_paper": {"score_by": "paper"},
+        "layer_budget": {"scope": "layer"},
+        "not_refitted": {"refit": False},
+        "grids_with_outliers": {"alternations": 0},
+        "extreme_grids": {"shrinks": 1},
+        "fp16_outliers": {"outlier_format": "fp16"},
+        "in_order": {"act_order": False},
     },
 }
 """Methods and their modes; `default` is what a user gets, the others are ablations."""

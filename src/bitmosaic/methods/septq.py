@@ -178,7 +178,7 @@ class Septq(Method):
 
     def score_parameters(self) -> dict[str, Any]:
         """Leave out what only allocating and rounding need."""
-        late = {"choose", "damping", "act_order", "score_by", "rescore", "refit"}
+        late = {"damping", "act_order", "score_by", "rescore", "refit"}
         return {key: value for key, value in self.parameters().items() if key not in late}
 
     def blank(

@@ -134,8 +134,9 @@ class OutputPlan:
         }
         arrays = sum(layer.nbytes for layer in everything.values())
         # A header entry has at most three numbers of 20 digits and, with several formats in a
-        # tensor, one more array (the tile map) than the plans above have.
-        slack = sum(90 + len(table.name) + 60 for table in tables)
+        # tensor, one more array (the tile map) than the plans above have.  A single tile has one.
+        several = [table for table in tables if min(table.cost[0].numel(), len(table.formats)) > 1]
+        slack = sum(90 + len(table.name) + 60 for table in several)
         return self.total_bytes(everything) - arrays + slack
 
     def _largest(self, tables: Sequence[TileCosts]) -> int:
