@@ -255,18 +255,19 @@ class TestSweep:
     ) -> None:
         weight, hessian = weights(3, (30, 100)), correlated_hessian(3, 100)
         method = Septq(**choices)
-        rounded = made(method, weight, hessian, int(share * weight.numel())).dequantize()
-        visit = factorise(hessian, DAMPING, act_order=method.act_order).visit
-        matrix, error = damped(hessian)[visit][:, visit], (weight - rounded).double()[:, visit]
-        lower = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)  # upper: lower @ lower^T
-        left = (error @ lower).square().sum(1)
-        whole = ((error @ matrix) * error).sum(1)
-        assert torch.allclose(left, whole, rtol=1e-9)
-        # ... and what a column leaves is what its own rounding left: no kept one leaves any.
-        steps = (error @ (lower / lower.diagonal())).abs()
-        mask = kept(made(method, weight, hessian, int(share * weight.numel())))[:, visit]
-        slack = 2.0**-11 * (weight.abs().amax(1, keepdim=True) * 8)
-        assert (steps <= slack)[mask].all()
+        tensor = made(method, weight, hessian, int(share * weight.numel()))
+        rounded, mask = tensor.dequantize(), kept(tensor)
+        factor = factorise(hessian, DAMPING, act_order=method.act_order)
+        left = running(weight, rounded, hessian, method.act_order) - rounded
+        error = (weight - rounded).double()
+        whole = ((error @ damped(hessian)) * error).sum(1)
+        # float32's factor and pivots, each a sum of up to 100 products
+        assert torch.allclose((left.square() * factor.pivots).sum(1), whole, rtol=1e-4)
+        # What is kept leaves its rounding to fp16; the rest half a step, or what was cut off.
+        value = rounded + left
+        assert (left.abs() <= 2.0**-11 * value.abs() + 1e-5 * weight.abs().amax())[mask].all()
+        inside = (left.abs() <= tensor.units() * 0.501) | mask
+        assert inside.float().mean() > 0.8
 
     @pytest.mark.parametrize("choices", [PAPER, PLAIN])
     def test_kept_weights_are_stored_as_they_stand_at_their_column(
