@@ -328,6 +328,29 @@ def test_a_dead_in_channel_and_a_dead_output_do_no_harm() -> None:
         plan(Cmpq(sensitivity=sensitivity), unseen, 0.5)
 
 
+@pytest.mark.parametrize("choices", [PAPER, {}, {"tile_in": 4, "weight_outliers": 0.1}])
+def test_in_channels_shorter_than_the_grid_are_coded_exactly(choices: dict[str, Any]) -> None:
+    """Three outputs: every codebook but the narrowest has a centre for each of their weights."""
+    view = block(4, {"a": (3, 40), "b": (1, 17)})
+    method = Cmpq(**choices)
+    for name, tensor in rounded(method, view, plan(method, view, 0.3)).items():
+        value, weight = tensor.dequantize(), view.weights[name]
+        assert value.isfinite().all()
+        if method.tile_in == 1 and method.base == "nearest":
+            assert torch.allclose(value, weight, rtol=2.0**-11)
+
+
+def test_kept_weights_beyond_their_type_are_refused_by_name() -> None:
+    view = block()
+    view.weights["b"][1, 2] = 1e5
+    with pytest.raises(
+        ValueError, match="b: outliers must be within the range of fp16, not 100000"
+    ):
+        Cmpq(weight_outliers=0.01).score(view)
+    Cmpq(weight_outliers=0.01, outlier_format="bf16").score(view)
+    Cmpq().score(view)
+
+
 @pytest.mark.parametrize("choices", [PAPER, {}, {"scope": "layer"}, {"widths": "adjacent"}])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_budgets_are_met_from_below(choices: dict[str, Any], share: float) -> None:

@@ -44,6 +44,7 @@ from bitmosaic.allocation import (
     feasible_range,
     solve,
 )
+from bitmosaic.formats.base import largest_magnitude
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
@@ -170,6 +171,7 @@ class Cmpq(Method):
         """Price every in_channel at every width."""
         tables, norms = [], []
         for name, weight in block.weights.items():
+            self._check_range(name, weight)
             measured = block.activation[name]
             norm = measured.rms_rest if self.drop_first else measured.rms
             square = norm.double().square()
@@ -229,6 +231,13 @@ class Cmpq(Method):
     def _kept(self, tiles: int) -> int:
         """Count the tiles that are kept."""
         return max(1, round(self.act_outliers * tiles)) if self.act_outliers else 0
+
+    def _check_range(self, name: str, weight: Tensor) -> None:
+        """Refuse kept weights that their type cannot hold, before hours of work end there."""
+        limit = torch.finfo(OUTLIER_DTYPES[self.outlier_format]).max
+        largest = largest_magnitude(weight) if self.weight_outliers else 0.0
+        constraint = f"within the range of {self.outlier_format}"
+        require(largest <= limit, f"{name}: outliers", constraint, largest, "Keep them in bf16.")
 
     def _table(self, name: str, shape: tuple[int, int], kept: Tensor) -> TileCosts:
         """Make a table in which kept tiles have one format and the others not that one."""
