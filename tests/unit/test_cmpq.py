@@ -165,6 +165,16 @@ def test_the_price_is_the_error_of_the_codebook_that_will_be_stored() -> None:
         assert torch.allclose(error.sum(0), expected, rtol=1e-4)
 
 
+def test_plain_codebooks_are_priced_as_they_are_and_cost_no_less() -> None:
+    view = block()
+    plain, weighted = Cmpq(weighted=False).score(view), Cmpq().score(view)
+    for mine, theirs in zip(plain.tables, weighted.tables, strict=True):
+        assert mine.out_importance is None
+        assert theirs.out_importance is not None
+        assert (mine.cost >= theirs.cost * (1 - 1e-3)).all()  # centres are rounded to fp16
+        assert mine.cost.sum() > theirs.cost.sum()
+
+
 def test_a_small_model_is_solved_as_brute_force_would() -> None:
     """At the bytes of its own solution, no other choice of six tiles is better."""
     view = block(3, {"a": (64, 6)})
