@@ -175,7 +175,11 @@ def _forward(
         measured: dict[str, Tensor] = {}
         for group in found.inputs:
             for name, statistic in sums[group.linears[0]].items():
-                value = statistic.value()
+                try:
+                    value = statistic.value()
+                except ValueError as error:
+                    layer = f"{source.block_names[index]}.{group.linears[0]}"
+                    raise ValueError(f"{layer}: {error}") from error
                 parts = {"": value} if isinstance(value, Tensor) else vars(value)
                 for part, tensor in parts.items():
                     key = f"{name}.{part}" if part else name
@@ -210,15 +214,20 @@ def _sweep(
         checkpoint.write_tensors(saved, sweep.gradients)
     for index in track(range(last, -1, -1), "backward", last + 1):
         block = source.load_block(index)
-        measured = _backward(index, sweep, block, kinds[KINDS["gradient"]])
+        measured, unreached = _backward(index, sweep, block, kinds[KINDS["gradient"]])
+        if KINDS["input"] not in kinds:  # else it was said when its inputs were measured
+            warn_unreached(source.block_names[index], unreached)
         checkpoint.write_tensors(block_file(directory, index), measured)
         checkpoint.write_tensors(saved, sweep.gradients)
 
 
 def _backward(
     index: int, sweep: Sweep, block: nn.Module, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """Take the gradients through one block and return its finished statistics."""
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Take the gradients through one block.
+
+    Returns its finished statistics, and the matrices that no token reached.
+    """
     sums = {
         (name, layer): statistics.get(name)(tuple(linear.weight.shape))
         for layer, linear in linears(block).items()
@@ -233,11 +242,11 @@ def _backward(
             sums[name, layer].update(gradient)
 
     sweep.backward(index, block, collect)
-    warn_unreached(sweep.source.block_names[index], {layer for _, layer in sums} - reached)
+    unreached = {layer for _, layer in sums} - reached
     measured: dict[str, Tensor] = {}
     for name, layer in list(sums):
         value = sums.pop((name, layer)).value()
         measured[f"{layer}.{name}"] = value
         measured[f"{layer}.{name}.rows"] = value.sum(1, dtype=torch.float64)
         measured[f"{layer}.{name}.columns"] = value.sum(0, dtype=torch.float64)
-    return measured
+    return measured, unreached

@@ -305,6 +305,7 @@ class _Groups:
         # Affine formats share the default power-of-two tensor scale, so that one division by the
         # full scale serves all rows, and widths differ only in their largest code.
         self.joint = all(fmt.is_affine for fmt in chosen) and len(set(self.sizes)) == 1
+        self.tile_map = layer.tile_map
         self.row_formats = layer.tile_map.repeat_interleave(tile_rows, dim=0)[:rows]
         most = max(fmt.groups(self.tile_columns) for fmt in chosen)
         self.scale = torch.ones((layer.tile_map.shape[1], most, rows))
@@ -319,9 +320,8 @@ class _Groups:
         """Formats present in a tile column with their rows."""
         if tile_column != self._column:
             column = self.row_formats[:, tile_column]
-            self._members = [
-                (index, (column == index).nonzero()[:, 0]) for index in column.unique().tolist()
-            ]
+            present = sorted(set(self.tile_map[:, tile_column].tolist()))
+            self._members = [(index, (column == index).nonzero()[:, 0]) for index in present]
             self._tops = self.top[column.long()]
             self._column = tile_column
         return self._members
