@@ -94,6 +94,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mask_from_calibration": {"mask_from": "calibration"},
         "score_paper": {"score_by": "paper"},
         "layer_budget": {"scope": "layer"},
+        "one_format": {"choose": "model"},
         "not_refitted": {"refit": False},
         "grids_with_outliers": {"alternations": 0},
         "extreme_grids": {"shrinks": 1},

@@ -563,7 +563,7 @@ class TestBudget:
         return scores, *feasible_range(scores.tables)
 
     @pytest.mark.parametrize("scope", ["model", "layer"])
-    @pytest.mark.parametrize("choose", ["estimate", "widest"])
+    @pytest.mark.parametrize("choose", ["matrix", "model", "widest"])
     @pytest.mark.parametrize("bits", [2.9, 3.5, 4.4, 9.0])
     def test_one_more_outlier_would_be_too_many(self, scope: str, choose: str, bits: float) -> None:
         method = Septq(formats=FORMATS, scope=scope, choose=choose)
@@ -573,15 +573,47 @@ class TestBudget:
         spent = sum(layer.nbytes for layer in layers.values())
         assert spent <= budget
         # The next one by the same rule; where it is a matrix's first, the counts of its rows too.
-        (chosen,) = {layer.formats for layer in layers.values()}
-        place = FORMATS.index(chosen[0])
+        chosen = [FORMATS.index(layer.formats[0]) for layer in layers.values()]
+        assert choose == "matrix" or len(set(chosen)) == 1
         split = by_share([math.prod(layer.shape) for layer in layers.values()])
         if scope == "model":
-            split = by_threshold([table[place] for table in scores.importance])
+            found = zip(scores.importance, chosen, strict=True)
+            split = by_threshold([table[place] for table, place in found])
         total = sum(layer.outliers for layer in layers.values())
         assert split(total) == [layer.outliers for layer in layers.values()]
         more = zip(layers.values(), split(total + 1), strict=True)
         assert sum(replace(layer, outliers=count).nbytes for layer, count in more) > budget
+
+    @pytest.mark.parametrize("share", [None, 0.0, 0.01])
+    def test_no_choice_of_formats_foresees_less_loss_at_its_bytes(
+        self, share: float | None
+    ) -> None:
+        """Against all 27 combinations, up to what the step to the next rate leaves over."""
+        method = Septq(
+            formats=FORMATS, outlier_fraction=share, scope="layer", outlier_format="fp16"
+        )
+        scores, low, high = self.scored(method)
+        for part in (0.1, 0.3, 0.6):
+            budget = low + int(part * (min(high, low + SIZE // 2) - low))
+            layers = method.allocate([scores], budget)
+
+            def foreseen(choice: Any, counts: list[int]) -> float:
+                found = zip(scores.importance, choice, counts, strict=True)
+                return sum(remaining(table[place], k) for table, place, k in found)
+
+            chosen = [FORMATS.index(layer.formats[0]) for layer in layers.values()]
+            loss = foreseen(chosen, [layer.outliers for layer in layers.values()])
+            losses = []
+            for choice in itertools.product(range(3), repeat=3):
+                plain = [
+                    replace(table, outliers=0).plan(torch.full((1, 1), place).byte())
+                    for table, place in zip(scores.tables, choice, strict=True)
+                ]
+                left = budget - sum(layer.nbytes for layer in plain)
+                counts = method._counts(scores.tables, by_share([2880, 3936, 4950]), left)
+                if counts is not None:
+                    losses.append(foreseen(choice, counts))
+            assert min(losses) <= loss <= 1.3 * min(losses)
 
     def test_bytes_are_the_formula_and_the_stored_ones(self) -> None:
         view = block()
@@ -639,14 +671,14 @@ class TestBudget:
         assert sum(layer.nbytes for layer in method.allocate([scores], low).values()) <= low
 
     def test_the_estimate_takes_the_format_of_the_least_loss(self) -> None:
-        method = Septq(formats=FORMATS)
+        method = Septq(formats=FORMATS, choose="model")
         scores, _, _ = self.scored(method)
         for bits in (2.9, 3.6, 4.5, 6.0):
             budget = int(bits * SIZE / 8)
             chosen = next(iter(method.allocate([scores], budget).values())).formats[0]
             losses = {}
             for index, name in enumerate(FORMATS):
-                one = Septq(formats=(name,))
+                one = Septq(formats=(name,), choose="model")
                 try:
                     layers = one.allocate([one.score(block())], budget)
                 except BudgetError:
@@ -713,7 +745,7 @@ def test_what_each_choice_needs_is_measured() -> None:
         ({"outlier_fraction": 1.5}, "outlier_fraction must be between 0 and 1, or none, not 1.5"),
         ({"outlier_fraction": -0.1}, "outlier_fraction must be between 0 and 1"),
         ({"outlier_fraction": float("nan")}, "outlier_fraction must be between 0 and 1"),
-        ({"choose": "best"}, "choose must be one of estimate, widest, not 'best'"),
+        ({"choose": "best"}, "choose must be one of matrix, model, widest, not 'best'"),
         ({"scope": "block"}, "scope must be one of model, layer"),
         ({"score_by": "fisher"}, "score_by must be one of code, paper"),
         ({"mask_from": "both"}, "mask_from must be one of sequential, calibration"),

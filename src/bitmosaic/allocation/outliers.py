@@ -20,6 +20,9 @@ _SHIFT = 19
 BINS = (0x7F80 << 16) >> _SHIFT
 """Bins of finite, non-negative float32 numbers: exponent and 4 bits of the fraction."""
 
+_RATES = 8
+"""Neighbouring rates of an exchange: within one, formats change in steps and leave bytes over."""
+
 Split = Callable[[int], list[int]]
 """Total number of outliers -> how many each matrix gets; none gets fewer of a larger total."""
 
@@ -93,3 +96,37 @@ def most_outliers(tables: Sequence[TileCosts], split: Split, budget: int) -> int
         else:
             high = middle - 1
     return low
+
+
+def exchange(
+    tables: Sequence[TileCosts],
+    histograms: Sequence[Float64[Tensor, "formats 2 bins"]],
+    budget: int,
+    fixed: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Choose a format for each matrix (of one tile) at a common rate of loss for a byte.
+
+    A weight is kept where its score is worth its bytes; `fixed` are numbers of outliers instead.
+    Returns choices for a few rates, the lowest being the first at which all fits into `budget`.
+    """
+    edges = (torch.arange(BINS, dtype=torch.int32) << _SHIFT).view(torch.float32).double()
+    base = torch.stack([table.bytes()[:, 0, 0] + table.overhead for table in tables])[..., None]
+    if fixed is None:
+        each = [outlier_bytes(table.shape, 2, table.outlier_format) for table in tables]
+        once = [outlier_bytes(table.shape, 1, table.outlier_format) for table in tables]
+        price = torch.tensor(each) - torch.tensor(once)
+        above = torch.stack(list(histograms)).flip(-1).cumsum(-1).flip(-1)
+        loss = above[:, :, 1, :1] - above[:, :, 1]
+        size = base + price[:, None, None] * above[:, :, 0]
+        edges = edges / float(price.max())
+    else:
+        left = [
+            [remaining(each, count) for each in found]
+            for found, count in zip(histograms, fixed, strict=True)
+        ]
+        loss = torch.tensor(left, dtype=torch.float64)[..., None]
+        size = base.double()
+    choice = (loss + edges * size).argmin(1)  # [matrices, rates]
+    total = size.expand(-1, -1, BINS).gather(1, choice[:, None])[:, 0].sum(0)
+    fitting = (total <= budget).nonzero()[:, 0][:_RATES]
+    return [choice[:, place].tolist() for place in fitting.tolist()]

@@ -22,7 +22,7 @@ but still takes up those of earlier columns, and is stored as it then stands.
 Deviations of `PAPER`: in_channels without any activation are rounded, not set to zero; H is
 measured on the already quantized blocks, all layers of a block at once; bytes count the indices.
 Ours, each of them a choice: grids fitted without the kept weights, groups, act-order, one
-threshold over the model on loss-weighted scores, the format by an estimate of the loss.
+threshold over the model on loss-weighted scores, formats by an estimate of the loss.
 docs/methods/septq.md says which is whose, and holds the measurements.
 """
 
@@ -43,6 +43,8 @@ from bitmosaic.allocation import (
     TileCosts,
     by_share,
     by_threshold,
+    exchange,
+    feasible_range,
     histogram,
     most_outliers,
     remaining,
@@ -62,7 +64,7 @@ from bitmosaic.tensor import OUTLIER_FORMATS, RESIDUAL, QuantizedTensor, outlier
 
 SCORES = ("code", "paper")
 SCOPES = ("model", "layer")
-CHOICES = ("estimate", "widest")
+CHOICES = ("matrix", "model", "widest")
 MASKS = ("sequential", "calibration")
 PAPER: dict[str, Any] = {
     "formats": ("int2", "int3", "int4"),
@@ -86,10 +88,11 @@ class Septq(Method):
     """SEPTQ with the paper's choices and ours as fields.
 
     Attributes:
-        formats: candidates, one of which all matrices get; integers or floats with a scale.
+        formats: candidates for a matrix; integers or floats with a scale.
         outlier_fraction: share of weights kept; None keeps as many as the budget pays for.
-        choose: ``estimate``: the format with the least loss that calibration foresees, outliers
-            included; ``widest``: that of the most bytes that fits.
+        choose: ``matrix``: a format for each matrix, at the rate of loss for a byte at which single
+            weights are kept too; ``model``: one for all, that of the least loss foreseen;
+            ``widest``: one for all, that of the most bytes that fits.
         scope: ``layer``: the same share in every matrix; ``model``: one threshold for all, on
             sensitivities times the mean squared loss gradient of their output.
         score_by: ``code``: later columns make up for an error, as they do in the sweep;
@@ -123,7 +126,7 @@ class Septq(Method):
         "int4-g64",
     )
     outlier_fraction: float | None = None
-    choose: str = "estimate"
+    choose: str = "matrix"
     scope: str = "model"
     score_by: str = "code"
     shrinks: int = 20
@@ -169,7 +172,7 @@ class Septq(Method):
 
     @property
     def _estimates(self) -> bool:
-        return self.choose == "estimate" or self.scope == "model"
+        return self.choose != "widest" or self.scope == "model"
 
     @property
     def block_statistics(self) -> tuple[str, ...]:
@@ -234,33 +237,44 @@ class Septq(Method):
         return scored((~mask).float()) if self.alternations else score
 
     def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
-        """Choose the format, and how many weights each matrix keeps."""
+        """Choose formats, and how many weights each matrix keeps."""
         tables = [table for part in scores for table in part.tables]
         histograms = [each for part in scores for each in part.importance]
+        sizes = [table.shape[0] * table.shape[1] for table in tables]
         best: tuple[float, list[LayerAllocation]] | None = None
-        least, sizes = None, [table.shape[0] * table.shape[1] for table in tables]
-        for index in range(len(self.formats)):
-            choice = torch.full((1, 1), index, dtype=torch.uint8)
-            plain = [replace(table, outliers=0).plan(choice) for table in tables]
+        for choice in self._choices(tables, histograms, budget):
+            plain = [
+                replace(table, outliers=0).plan(torch.full((1, 1), index, dtype=torch.uint8))
+                for table, index in zip(tables, choice, strict=True)
+            ]
             base = sum(layer.nbytes for layer in plain)
-            found = [each[index] for each in histograms]
+            found = [each[index] for each, index in zip(histograms, choice, strict=False)]
             split = by_threshold(found) if self.scope == "model" else by_share(sizes)
             counts = self._counts(tables, split, budget - base)
-            if self.outlier_fraction is not None:
-                base += _outlier_bytes(tables, [table.outliers for table in tables])
-            least = base if least is None else min(least, base)
             if counts is None:
                 continue
             cost = -float(base)
-            if self.choose == "estimate":
+            if self.choose != "widest":
                 cost = sum(remaining(each, k) for each, k in zip(found, counts, strict=True))
             if best is None or cost < best[0]:
                 pairs = zip(plain, counts, strict=True)
                 best = cost, [replace(layer, outliers=count) for layer, count in pairs]
         if best is None:
-            assert least is not None
-            raise BudgetError(_too_small(budget, least, sum(sizes), self))
+            raise BudgetError(_too_small(budget, feasible_range(tables)[0], sum(sizes), self))
         return {table.name: layer for table, layer in zip(tables, best[1], strict=True)}
+
+    def _choices(
+        self, tables: Sequence[TileCosts], histograms: Sequence[Tensor], budget: int
+    ) -> list[list[int]]:
+        """List the choices of formats, by matrix, that are to be compared."""
+        alike = [[index] * len(tables) for index in range(len(self.formats))]
+        if self.choose != "matrix":
+            return alike
+        fixed = None
+        if self.outlier_fraction is not None:
+            fixed = [table.outliers for table in tables]
+        smallest = [int(table.bytes()[:, 0, 0].argmin()) for table in tables]
+        return [*alike, smallest, *exchange(tables, histograms, budget, fixed)]
 
     def _counts(self, tables: Sequence[TileCosts], split: Split, left: int) -> list[int] | None:
         """Split what `left` bytes pay for, or the share asked for, over the matrices."""
