@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format bench-quality bench-scale bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,10 @@ format: $(STAMP)
 
 bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
+
+plot: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
+	$(BIN)/python benchmarks/plot.py benchmarks/results/quality.json docs/quality.svg
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)

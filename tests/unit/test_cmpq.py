@@ -271,6 +271,14 @@ def test_all_kept_is_the_weight() -> None:
         assert torch.equal(tensor.dequantize(), view.weights[name].half().float())
 
 
+@pytest.mark.parametrize("base", ["nearest", "gptq"])
+def test_all_weights_kept_one_by_one_are_the_weight(base: str) -> None:
+    view = block(1, {"a": (5, 12)})
+    method = Cmpq(weight_outliers=1.0, base=base, outlier_format="fp32")
+    for name, tensor in rounded(method, view, plan(method, view, 0.5)).items():
+        assert torch.equal(tensor.dequantize(), view.weights[name])
+
+
 # The whole
 
 
