@@ -23,6 +23,7 @@ from bitmosaic.allocation import (
     remaining,
     uniform,
 )
+from bitmosaic.api.requests import make_method
 from bitmosaic.methods.base import BlockView, LayerStatistics, row_worth
 from bitmosaic.methods.gptq import Gptq
 from bitmosaic.methods.septq import PAPER, Septq
@@ -764,3 +765,12 @@ def test_what_each_choice_needs_is_measured() -> None:
 def test_a_wrong_choice_is_refused_before_any_work(choices: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.get("septq")(**choices)
+
+
+def test_a_share_may_be_given_as_text_or_left_to_the_budget() -> None:
+    assert make_method("septq", {"outlier_fraction": "0.01"}) == Septq(outlier_fraction=0.01)
+    assert make_method("septq", {"outlier_fraction": "none"}) == Septq()
+    with pytest.raises(
+        ValueError, match="outlier_fraction of method septq must be a number or"
+    ):
+        make_method("septq", {"outlier_fraction": "much"})
