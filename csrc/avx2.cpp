@@ -7,16 +7,11 @@ namespace {
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    Place place{m.data + m.panel[p].offset, m.cell + m.panel[p].cell};
-    for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
-        const Run& run = m.run[r];
-        if (pass == Pass::exact || !is_quad(run.kind))
-            float_run(m, run, place, a, first, count, y, scratch);
-        else if (count == 1)
-            one_token_run(m, run, place, a, first, y);
-        else
-            tokens_run(m, run, place, a, first, count, y, scratch);
-    }
+    each_run(
+        m, p, count, pass,
+        [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
+        [&](const Run& run, Place& place) { one_token_run(m, run, place, a, first, y); },
+        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
 // Largest of eight lanes.

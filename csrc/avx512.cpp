@@ -7,18 +7,12 @@ namespace {
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    const Panel& here = m.panel[p];
-    Place place{m.data + here.offset, m.cell + here.cell};
-    const uint32_t end = m.panel[p + 1].run;
-    for (uint32_t r = here.run; r < end; ++r) {
-        const Run& run = m.run[r];
-        if (pass == Pass::exact || !is_quad(run.kind))
-            float_run(m, run, place, a, first, count, y, scratch);
-        else if (count == 1)
-            one_token_run(m, run, end - here.run == 1, place, a, first, y);
-        else
-            tokens_run(m, run, place, a, first, count, y, scratch);
-    }
+    const bool alone = m.panel[p + 1].run - m.panel[p].run == 1;
+    each_run(
+        m, p, count, pass,
+        [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
+        [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
+        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
 float quantize(const float* x, int columns, int8_t* q) {

@@ -62,8 +62,8 @@ BITMOSAIC_INLINE void resolve(__m512i acc[4]) {
 
 // A function of its own, so that the accumulators are all that the registers hold.
 template <int bits, int tokens>
-__attribute__((noinline)) void tile(const Weights& w, const int8_t* q, const float* scale,
-                                    const int32_t* sum, float factor, float* y) {
+BITMOSAIC_APART void tile(const Weights& w, const int8_t* q, const float* scale,
+                          const int32_t* sum, float factor, float* y) {
     __m512i acc[tokens][4];
 #pragma GCC unroll 6
     for (int t = 0; t < tokens; ++t)
@@ -130,8 +130,8 @@ void unpack(const uint8_t* codes, int length, const SmallTable* table, uint8_t* 
 }
 
 template <Kind kind, int bits>
-void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first, int count,
-          float* y, uint8_t* scratch) {
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
+                          int count, float* y, uint8_t* scratch) {
     constexpr bool in_place = kind == Kind::affine && (bits == 8 || bits == 4 || bits == 2);
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
@@ -181,16 +181,9 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
 
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch) {
-    using Walk = void (*)(const Matrix&, uint32_t, Place&, const Activations&, int, int, float*, uint8_t*);
-    static constexpr Walk affine[] = {
-        walk<Kind::affine, 1>, walk<Kind::affine, 2>, walk<Kind::affine, 3>, walk<Kind::affine, 4>,
-        walk<Kind::affine, 5>, walk<Kind::affine, 6>, walk<Kind::affine, 7>, walk<Kind::affine, 8>,
-    };
-    static constexpr Walk table[] = {
-        walk<Kind::table, 1>, walk<Kind::table, 2>, walk<Kind::table, 3>, walk<Kind::table, 4>,
-    };
-    const Walk* walks = run.kind == Kind::affine ? affine : table;
-    walks[run.bits - 1](m, run.cells, place, a, first, count, y, scratch);
+    with_quad(run, [&](auto kind, auto bits) {
+        walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+    });
 }
 
 }  // namespace bitmosaic::avx512
