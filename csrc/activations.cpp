@@ -39,8 +39,6 @@ void to_float(const void* x, Scalar type, const int32_t* order, size_t first, in
         gather<Half>(x, order, first, count, out);
 }
 
-bool same_segment(const Segment& a, const Segment& b) { return a.start == b.start && a.length == b.length; }
-
 // The sum of at most 128 values: eight at a time as unsigned bytes, 128 too large each, in 16-bit lanes.
 int32_t sum_of(const int8_t* q, uint32_t length) {
     constexpr uint64_t even_bytes = 0x00FF00FF00FF00FF, offset = 0x8080808080808080;

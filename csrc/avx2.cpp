@@ -1,5 +1,6 @@
 // The AVX2 level (AVX2, FMA, F16C; no VNNI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx2.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx2 {
@@ -90,7 +91,8 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panel, avx2::unpack_planes};
+    static const Level level{"avx2", avx2::quantize, avx2::panel, avx2::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 

@@ -1,5 +1,6 @@
 // The AVX-512 level (F, BW, VL, DQ, VNNI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx512.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx512 {
@@ -66,7 +67,8 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes};
+    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 
