@@ -78,9 +78,12 @@ struct Activated::Task {
         for (int t = first; t < first + count; ++t) {
             const uint8_t* row = input + static_cast<size_t>(t) * m.in * size_of(type);
             float* values = x != nullptr ? x + t * stride + column : local[t - first];
-            to_float(row, type, m.column_of, column, columns, values);
+            // Floats in order are read where they are: a copy would cost as much as rounding them.
+            const bool direct = type == Scalar::f32 && m.column_of == nullptr && x == nullptr && sides == nullptr;
+            const float* from = direct ? reinterpret_cast<const float*>(row) + column : values;
+            if (!direct) to_float(row, type, m.column_of, column, columns, values);
             const size_t entry = static_cast<size_t>(block) * tokens + t;
-            if (q != nullptr) scale[entry] = level.quantize(values, columns, q + entry * kBlock);
+            if (q != nullptr) scale[entry] = level.quantize(from, columns, q + entry * kBlock);
             if (sides != nullptr && x != nullptr) std::copy(values, values + columns, local[t - first]);
         }
         if (sides == nullptr) return;
