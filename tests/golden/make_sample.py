@@ -1,7 +1,8 @@
-"""Make the frozen sample of format version 1: `python tests/golden/make_sample.py DIRECTORY`.
+"""Make the frozen samples of format version 1: `python tests/golden/make_sample.py DIRECTORY`.
 
 The weights are fractions made from integers, so that every machine makes the same bytes.  A change
-of the sample is a change of the file format: it needs a new `format_version` and a new sample.
+of a sample is a change of the file format: it needs a new `format_version` and a new sample.  New
+formats that the version allows get a sample of their own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint
+from bitmosaic.residuals import gap_bytes
 from bitmosaic.rounding import encode_nearest
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
 from bitmosaic.tiling import grid_shape
-
-NAME = "sample-v1"
 
 
 def weight(out: int, width: int) -> Tensor:
@@ -97,28 +97,90 @@ def sample() -> dict[str, QuantizedTensor]:
     }  # fmt: skip
 
 
+def codebooks() -> dict[str, QuantizedTensor]:
+    """Learned grids: of columns, of ragged boxes beside other formats, of the whole matrix."""
+    return {
+        "columns": make(
+            (40, 18),
+            (40, 1),
+            ("codebook2", "codebook3", "codebook4", "fp16"),
+            outlier_format="fp16",
+        ),
+        "boxes": make(
+            (21, 75),
+            (4, 16),
+            ("codebook1", "int3-g8", "codebook5", "codebook8", "pruned"),
+            step=3,
+            in_permutation=order(75, 7),
+            out_permutation=order(21, 5),
+        ),
+        "whole": make((16, 32), (16, 32), ("codebook6",)),
+        "many": make((33, 30), (11, 10), ("codebook7", "codebook2")),
+    }
+
+
+def with_sixteenths(tensor: QuantizedTensor, every: int, spare: int = 0) -> QuantizedTensor:
+    """Move every so many-th entry by sixteenths of its unit, towards where it came from."""
+    mask = torch.arange(tensor.shape[0] * tensor.shape[1]).reshape(tensor.shape) % every == 3
+    off = (weight(*tensor.shape) - tensor.dequantize()) / tensor.units()
+    codes = (off * 16).round().clamp(-127, 127).to(torch.int8)
+    places = mask.flatten().nonzero()[:, 0]
+    pairs = -(-(places.numel() + gap_bytes(places)) // 2) + spare
+    return with_residuals(tensor, codes, mask, 1 / 16, pairs)
+
+
+def residuals() -> dict[str, QuantizedTensor]:
+    """Outliers in two bytes: near ones, far ones, orders to undo, groups, units without a scale."""
+    return {
+        "near": with_sixteenths(make((21, 75), (4, 16), ("int2-g16", "int3")), 7),
+        "far": with_sixteenths(make((16, 200), (16, 200), ("int2-g64",)), 701, spare=2),
+        "moved": with_sixteenths(
+            make(
+                (13, 40),
+                (3, 16),
+                ("int2-g8", "fp8-e4m3-tensor", "bf16", "pruned", "codebook2"),
+                in_permutation=order(40, 7),
+                out_permutation=order(13, 5),
+            ),
+            11,
+        ),
+    }
+
+
+SAMPLES = {
+    "sample-v1": sample,
+    "sample-v1-codebooks": codebooks,
+    "sample-v1-residuals": residuals,
+}
+
+
 def write(directory: Path) -> None:
-    """Write the sample's tensor file and its description."""
-    tensors = sample()
+    """Write every sample."""
+    for name, tensors in SAMPLES.items():
+        write_sample(directory, name, tensors())
+
+
+def write_sample(directory: Path, name: str, tensors: dict[str, QuantizedTensor]) -> None:
+    """Write a sample's tensor file and its description."""
     arrays = {
-        f"{name}.{key}": array
-        for name, tensor in tensors.items()
+        f"{module}.{key}": array
+        for module, tensor in tensors.items()
         for key, array in tensor.arrays().items()
     }
     arrays["norm.weight"] = weight(1, 8)[0]
-    checkpoint.write_tensors(directory / f"{NAME}.safetensors", arrays, {"format": "pt"})
+    checkpoint.write_tensors(directory / f"{name}.safetensors", arrays, {"format": "pt"})
     described = {
         "quantization_config": {
             "quant_method": "bitmosaic",
             "format_version": 1,
-            "tensors": {name: checkpoint.describe(tensor) for name, tensor in tensors.items()},
+            "tensors": {key: checkpoint.describe(tensor) for key, tensor in tensors.items()},
         },
         "sha256 of the float32 values": {
-            name: hashlib.sha256(tensor.dequantize().numpy().tobytes()).hexdigest()
-            for name, tensor in tensors.items()
+            key: hashlib.sha256(tensor.dequantize().numpy().tobytes()).hexdigest()
+            for key, tensor in tensors.items()
         },
     }
-    checkpoint.write_text(directory / f"{NAME}.json", json.dumps(described, indent=1) + "\n")
+    checkpoint.write_text(directory / f"{name}.json", json.dumps(described, indent=1) + "\n")
 
 
 if __name__ == "__main__":

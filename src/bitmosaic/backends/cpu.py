@@ -39,6 +39,9 @@ else:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types that the kernels read and write."""
 
+_MOST_COLUMNS = 65536
+"""Columns that the prepared layout's 16-bit indices of outliers reach."""
+
 _taken: int | None = None
 """Threads of the kernels while torch has to make do with one; None: as many as torch has."""
 
@@ -96,6 +99,13 @@ class CpuBackend(Backend):
             return f"It runs tensors on the CPU, not on {device}."
         if _MISSING is not None:
             return _MISSING
+        if tensor.outlier_stream is not None:  # comes to the kernels as plain outliers
+            if tensor.shape[1] > _MOST_COLUMNS:
+                return (
+                    f"Outliers among {tensor.shape[1]} columns have no place in the prepared "
+                    "layout."
+                )
+            tensor = tensor.without_outliers()
         described, _arrays = _describe(tensor)
         return _cpu.objection(described) or None
 
@@ -108,7 +118,7 @@ class CpuBackend(Backend):
         objection = self.objection(tensor, tensor.device)
         if objection is not None:
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
-        described, _arrays = _describe(tensor)
+        described, _arrays = _describe(tensor.with_plain_outliers())
         prepared = Prepared(_cpu.pack(described, threads()), *tensor.shape)
         # Not at exit: the process gives everything back at once, and faster.
         weakref.finalize(prepared, _cpu.release, prepared.handle).atexit = False

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bitmosaic import formats, rounding
 from bitmosaic.allocation import LayerAllocation, TileCosts, solve
+from bitmosaic.statistics.activation import ActivationNorms
 from bitmosaic.tensor import QuantizedTensor
-from bitmosaic.tiling import clip_tile
+from bitmosaic.tiling import clip_tile, grid_shape
 
 if TYPE_CHECKING:
     from bitmosaic.model.structure import Structure
@@ -36,6 +37,8 @@ class BlockView:
     weights: Mapping[str, Tensor]
     structure: Structure
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    activation: Mapping[str, ActivationNorms] = field(default_factory=dict)
+    pivots: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Method:
     fits_any_budget: ClassVar[bool] = True
     """False for methods with one format, which reach a budget only to within a format's step and
     are shown shapes alone when they score (weights on the meta device)."""
+    counts_outliers: ClassVar[bool] = False
+    """Whether what a budget leaves goes to single weights, so that it is met to the last one."""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -106,6 +111,22 @@ class Method:
         """The hyper-parameters that `score` depends on: its tables are kept under them."""
         late = {"base", "damping", "act_order", "solver"}
         return {key: value for key, value in self.parameters().items() if key not in late}
+
+    def blank(
+        self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
+    ) -> TileCosts:
+        """Make a matrix's table without costs, for questions about bytes before any work.
+
+        `orders` tells whether an order of the (in_channels, out_channels) will be stored.
+        """
+        candidates: tuple[str, ...] = getattr(self, "formats")  # noqa: B009  (of subclasses)
+        cut = clip_tile(shape, (getattr(self, "tile_out", None), getattr(self, "tile_in", None)))
+        costs = torch.zeros((len(candidates), *grid_shape(shape, cut)), dtype=torch.float64)
+        columns, rows = (
+            torch.arange(length) if stored else None
+            for length, stored in zip(reversed(shape), orders, strict=True)
+        )
+        return TileCosts(name, shape, cut, candidates, costs, columns, rows)
 
     def score(self, block: BlockView) -> BlockScores:
         """Estimate the loss of every tile in every candidate format."""
@@ -246,6 +267,16 @@ def require(condition: bool, thing: str, constraint: str, value: object, remedy:
 def require_one_of(thing: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     require(value in choices, thing, f"one of {', '.join(choices)}", value, "Choose one of them.")
+
+
+def row_worth(fisher: Tensor, square: Tensor) -> Tensor:
+    """Estimate each output's mean squared loss gradient g: F[o, j] is about g_o a_j^2.
+
+    `square` is a^2, the mean square of each in_channel's activations.
+    """
+    rows = fisher.sum(1, dtype=torch.float64) / square.double().sum().clamp(min=1e-30)
+    # An output whose gradient was never seen is still worth a little.
+    return rows.clamp(min=max(float(rows.mean()) * 1e-6, 1e-30)).float()
 
 
 def _reorder(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
