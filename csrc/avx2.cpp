@@ -1,5 +1,6 @@
 // The AVX2 level (AVX2, FMA, F16C; no VNNI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx2.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx2 {
@@ -7,16 +8,11 @@ namespace {
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    Place place{m.data + m.panel[p].offset, m.cell + m.panel[p].cell};
-    for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
-        const Run& run = m.run[r];
-        if (pass == Pass::exact || !is_quad(run.kind))
-            float_run(m, run, place, a, first, count, y, scratch);
-        else if (count == 1)
-            one_token_run(m, run, place, a, first, y);
-        else
-            tokens_run(m, run, place, a, first, count, y, scratch);
-    }
+    each_run(
+        m, p, count, pass,
+        [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
+        [&](const Run& run, Place& place) { one_token_run(m, run, place, a, first, y); },
+        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
 // Largest of eight lanes.
@@ -95,7 +91,8 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panel, avx2::unpack_planes};
+    static const Level level{"avx2", avx2::quantize, avx2::panel, avx2::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 

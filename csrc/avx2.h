@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "runs.h"
 
 namespace bitmosaic::avx2 {
 
@@ -147,12 +147,6 @@ BITMOSAIC_INLINE void unpack_high(const uint8_t* codes, int quads, int pair, uin
         });
     }
 }
-
-// Where the kernels of one panel stand: runs front to back, their cells and bytes.
-struct Place {
-    const uint8_t* bytes;
-    const Cell* cell;
-};
 
 void one_token_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int token, float* y);
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,

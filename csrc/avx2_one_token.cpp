@@ -101,7 +101,8 @@ BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int length, c
 }
 
 template <Kind kind, int bits>
-void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int token, float* y) {
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int token,
+                          float* y) {
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
@@ -139,16 +140,7 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
 }  // namespace
 
 void one_token_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int token, float* y) {
-    using Walk = void (*)(const Matrix&, uint32_t, Place&, const Activations&, int, float*);
-    static constexpr Walk affine[] = {
-        walk<Kind::affine, 1>, walk<Kind::affine, 2>, walk<Kind::affine, 3>, walk<Kind::affine, 4>,
-        walk<Kind::affine, 5>, walk<Kind::affine, 6>, walk<Kind::affine, 7>, walk<Kind::affine, 8>,
-    };
-    static constexpr Walk table[] = {
-        walk<Kind::table, 1>, walk<Kind::table, 2>, walk<Kind::table, 3>, walk<Kind::table, 4>,
-    };
-    const Walk* walks = run.kind == Kind::affine ? affine : table;
-    walks[run.bits - 1](m, run.cells, place, a, token, y);
+    with_quad(run, [&](auto kind, auto bits) { walk<kind, bits>(m, run.cells, place, a, token, y); });
 }
 
 }  // namespace bitmosaic::avx2

@@ -97,8 +97,8 @@ struct Weights {
 
 // `tokens` tokens times a whole cell; bits: 1 to 6, or 8 for codes of any size.
 template <int bits, int tokens>
-__attribute__((noinline)) void tile(const Weights& w, const int8_t* q, const float* scale,
-                                    const int32_t* sum, float factor, float* y) {
+BITMOSAIC_APART void tile(const Weights& w, const int8_t* q, const float* scale,
+                          const int32_t* sum, float factor, float* y) {
     __m256i dot[tokens][kSet];
     alignas(32) Words words;
     if constexpr (bits == 8) to_words(q, tokens, w.quads, words);
@@ -146,8 +146,8 @@ void unpack(const uint8_t* codes, int length, const Lookup& lookup, uint8_t* out
 }
 
 template <Kind kind, int bits>
-void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first, int count,
-          float* y, uint8_t* scratch) {
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
+                          int count, float* y, uint8_t* scratch) {
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
@@ -191,16 +191,9 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
 
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch) {
-    using Walk = void (*)(const Matrix&, uint32_t, Place&, const Activations&, int, int, float*, uint8_t*);
-    static constexpr Walk affine[] = {
-        walk<Kind::affine, 1>, walk<Kind::affine, 2>, walk<Kind::affine, 3>, walk<Kind::affine, 4>,
-        walk<Kind::affine, 5>, walk<Kind::affine, 6>, walk<Kind::affine, 7>, walk<Kind::affine, 8>,
-    };
-    static constexpr Walk table[] = {
-        walk<Kind::table, 1>, walk<Kind::table, 2>, walk<Kind::table, 3>, walk<Kind::table, 4>,
-    };
-    const Walk* walks = run.kind == Kind::affine ? affine : table;
-    walks[run.bits - 1](m, run.cells, place, a, first, count, y, scratch);
+    with_quad(run, [&](auto kind, auto bits) {
+        walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+    });
 }
 
 }  // namespace bitmosaic::avx2

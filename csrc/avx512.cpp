@@ -1,5 +1,6 @@
 // The AVX-512 level (F, BW, VL, DQ, VNNI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx512.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx512 {
@@ -7,18 +8,12 @@ namespace {
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    const Panel& here = m.panel[p];
-    Place place{m.data + here.offset, m.cell + here.cell};
-    const uint32_t end = m.panel[p + 1].run;
-    for (uint32_t r = here.run; r < end; ++r) {
-        const Run& run = m.run[r];
-        if (pass == Pass::exact || !is_quad(run.kind))
-            float_run(m, run, place, a, first, count, y, scratch);
-        else if (count == 1)
-            one_token_run(m, run, end - here.run == 1, place, a, first, y);
-        else
-            tokens_run(m, run, place, a, first, count, y, scratch);
-    }
+    const bool alone = m.panel[p + 1].run - m.panel[p].run == 1;
+    each_run(
+        m, p, count, pass,
+        [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
+        [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
+        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -72,7 +67,8 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes};
+    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 

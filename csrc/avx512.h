@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "kernels.h"
+#include "runs.h"
 
 namespace bitmosaic::avx512 {
 
@@ -89,12 +89,6 @@ BITMOSAIC_INLINE void codes_of_pair(const uint8_t* codes, int quads, int pair, _
         for (int i = 0; i < 8; ++i) out[i] = _mm512_or_si512(out[i], _mm512_slli_epi16(high[i], 4));
     }
 }
-
-// Where the kernels of one panel stand: runs front to back, their cells and bytes.
-struct Place {
-    const uint8_t* bytes;
-    const Cell* cell;
-};
 
 // `alone`: the panel has no other run.
 void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,

@@ -85,8 +85,8 @@ BITMOSAIC_INLINE void add(const __m512 acc[4], const uint8_t* bytes, float facto
 
 // Decoded columns [length][64] times `tokens` tokens.
 template <int tokens>
-__attribute__((noinline)) void tile(const float* w, int length, const float* x, size_t stride,
-                                    const uint8_t* bytes, float factor, float* y) {
+BITMOSAIC_APART void tile(const float* w, int length, const float* x, size_t stride,
+                          const uint8_t* bytes, float factor, float* y) {
     __m512 acc[tokens][4];
     for (int t = 0; t < tokens; ++t)
         for (int set = 0; set < 4; ++set) acc[t][set] = _mm512_setzero_ps();
@@ -109,8 +109,8 @@ using Tile = void (*)(const float*, int, const float*, size_t, const uint8_t*, f
 constexpr Tile kTiles[kTokens] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
 template <Kind kind, int bits>
-void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first, int count,
-          float* y, uint8_t* scratch) {
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
+                          int count, float* y, uint8_t* scratch) {
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     float* decoded = reinterpret_cast<float*>(scratch);
@@ -140,31 +140,13 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
     place = {bytes, cell};
 }
 
-using Walk = void (*)(const Matrix&, uint32_t, Place&, const Activations&, int, int, float*, uint8_t*);
-
-Walk walk_of(const Run& run) {
-    static constexpr Walk affine[] = {
-        walk<Kind::affine, 1>, walk<Kind::affine, 2>, walk<Kind::affine, 3>, walk<Kind::affine, 4>,
-        walk<Kind::affine, 5>, walk<Kind::affine, 6>, walk<Kind::affine, 7>, walk<Kind::affine, 8>,
-    };
-    static constexpr Walk table[] = {
-        walk<Kind::table, 1>, walk<Kind::table, 2>, walk<Kind::table, 3>, walk<Kind::table, 4>,
-    };
-    switch (run.kind) {
-        case Kind::affine: return affine[run.bits - 1];
-        case Kind::table: return table[run.bits - 1];
-        case Kind::wide_table: return walk<Kind::wide_table, 8>;
-        case Kind::half: return walk<Kind::half, 16>;
-        case Kind::bfloat: return walk<Kind::bfloat, 16>;
-        default: return walk<Kind::single, 32>;
-    }
-}
-
 }  // namespace
 
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch) {
-    walk_of(run)(m, run.cells, place, a, first, count, y, scratch);
+    with_kind(run, [&](auto kind, auto bits) {
+        walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+    });
 }
 
 }  // namespace bitmosaic::avx512

@@ -156,8 +156,9 @@ BITMOSAIC_INLINE void dot_table(const uint8_t* p, const int8_t* q, int length, c
     for (int set = 0; set < 4; ++set) sums[set] = _mm512_add_epi32(even[set], odd[set]);
 }
 
-template <Kind kind, int bits, bool ahead = false>
-void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int token, float* y) {
+template <Kind kind, int bits, bool ahead>
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int token,
+                          float* y) {
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     __m512 total[4];
@@ -195,19 +196,13 @@ void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, i
 
 void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,
                    float* y) {
-    using Walk = void (*)(const Matrix&, uint32_t, Place&, const Activations&, int, float*);
-    static constexpr Walk affine[] = {
-        walk<Kind::affine, 1>, walk<Kind::affine, 2>, walk<Kind::affine, 3>, walk<Kind::affine, 4>,
-        walk<Kind::affine, 5>, walk<Kind::affine, 6>, walk<Kind::affine, 7>, walk<Kind::affine, 8>,
-    };
-    static constexpr Walk affine_ahead[] = {
-        walk<Kind::affine, 1, true>, walk<Kind::affine, 2, true>, walk<Kind::affine, 3, true>,
-    };
-    static constexpr Walk table[] = {
-        walk<Kind::table, 1>, walk<Kind::table, 2>, walk<Kind::table, 3>, walk<Kind::table, 4>,
-    };
-    const Walk* walks = run.kind == Kind::table ? table : alone && run.bits <= 3 ? affine_ahead : affine;
-    walks[run.bits - 1](m, run.cells, place, a, token, y);
+    with_quad(run, [&](auto kind, auto bits) {
+        constexpr bool narrow = kind() == Kind::affine && bits() <= 3;
+        if (narrow && alone)
+            walk<kind, bits, narrow>(m, run.cells, place, a, token, y);
+        else
+            walk<kind, bits, false>(m, run.cells, place, a, token, y);
+    });
 }
 
 }  // namespace bitmosaic::avx512

@@ -62,6 +62,10 @@ struct Segment {
     uint32_t length;  // 1 to 128
 };
 
+static constexpr bool same_segment(const Segment& a, const Segment& b) {
+    return a.start == b.start && a.length == b.length;
+}
+
 struct Cell {
     uint32_t segment;
     uint32_t table;  // index of the small or wide table; 0 where the kind has none

@@ -770,7 +770,5 @@ def test_a_wrong_choice_is_refused_before_any_work(choices: dict[str, Any], mess
 def test_a_share_may_be_given_as_text_or_left_to_the_budget() -> None:
     assert make_method("septq", {"outlier_fraction": "0.01"}) == Septq(outlier_fraction=0.01)
     assert make_method("septq", {"outlier_fraction": "none"}) == Septq()
-    with pytest.raises(
-        ValueError, match="outlier_fraction of method septq must be a number or"
-    ):
+    with pytest.raises(ValueError, match="outlier_fraction of method septq must be a number or"):
         make_method("septq", {"outlier_fraction": "much"})

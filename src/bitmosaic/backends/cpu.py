@@ -64,7 +64,8 @@ def torch_alone() -> Iterator[None]:
         _taken = outer
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Return how many threads the kernels use: torch's, also within `torch_alone`."""
     return _taken or torch.get_num_threads()
 
 
@@ -118,7 +119,7 @@ class CpuBackend(Backend):
         if objection is not None:
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
         described, _arrays = _describe(tensor.with_plain_outliers())
-        prepared = Prepared(_cpu.pack(described, _threads()), *tensor.shape)
+        prepared = Prepared(_cpu.pack(described, threads()), *tensor.shape)
         # Not at exit: the process gives everything back at once, and faster.
         weakref.finalize(prepared, _cpu.release, prepared.handle).atexit = False
         for array in tensor.arrays().values():
@@ -209,7 +210,7 @@ def _run_linear(x: Tensor, bias: Tensor | None, weight: int, out: int, int8: boo
         y.data_ptr(),
         out,
         int8,
-        _threads(),
+        threads(),
     )
     return y
 
@@ -224,7 +225,7 @@ def _run_rows(indices: Tensor, weight: int, width: int, dtype: torch.dtype) -> T
         width,
         _TYPES[dtype],
         y.data_ptr(),
-        _threads(),
+        threads(),
     )
     return y
 
@@ -247,6 +248,15 @@ torch.library.register_fake("bitmosaic::rows", _fake_rows, lib=_LIBRARY)
 
 _linear_op = torch.ops.bitmosaic.linear.default
 _rows_op = torch.ops.bitmosaic.rows.default
+
+
+def decoder(given: dict[str, Any]) -> Any:
+    """Make a native decoding step: `csrc/step.h` says of what, and what its `step` computes.
+
+    Matrices are given as (handle, bias), norms as (weight, epsilon), arrays as (address, count);
+    the caller keeps alive what they point to.  ValueError where shapes do not fit together.
+    """
+    return _cpu.decoder(given)
 
 
 def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:

@@ -1,0 +1,69 @@
+// What the vector levels share: where a panel's kernels stand, and which instance of one a run calls for.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+
+// A kernel's instance stays a function of its own: inlined into one, they share 32 registers and spill.
+#define BITMOSAIC_APART __attribute__((noinline))
+
+namespace bitmosaic {
+
+// Runs follow one another front to back, their cells and bytes likewise.
+struct Place {
+    const uint8_t* bytes;
+    const Cell* cell;
+};
+
+template <Kind kind, int bits, class Use>
+static void use_as(Use& use) {
+    use(std::integral_constant<Kind, kind>(), std::integral_constant<int, bits>());
+}
+
+// Call use(kind, bits) with the run's, as constants that a template takes. Quad kinds only.
+template <class Use>
+static void with_quad(const Run& run, Use use) {
+    using Call = void (*)(Use&);
+    static constexpr Call affine[] = {
+        use_as<Kind::affine, 1, Use>, use_as<Kind::affine, 2, Use>, use_as<Kind::affine, 3, Use>,
+        use_as<Kind::affine, 4, Use>, use_as<Kind::affine, 5, Use>, use_as<Kind::affine, 6, Use>,
+        use_as<Kind::affine, 7, Use>, use_as<Kind::affine, 8, Use>,
+    };
+    static constexpr Call table[] = {
+        use_as<Kind::table, 1, Use>, use_as<Kind::table, 2, Use>,
+        use_as<Kind::table, 3, Use>, use_as<Kind::table, 4, Use>,
+    };
+    (run.kind == Kind::affine ? affine : table)[run.bits - 1](use);
+}
+
+// The same for all kinds.
+template <class Use>
+static void with_kind(const Run& run, Use use) {
+    switch (run.kind) {
+        case Kind::affine:
+        case Kind::table: return with_quad(run, use);
+        case Kind::wide_table: return use_as<Kind::wide_table, 8>(use);
+        case Kind::half: return use_as<Kind::half, 16>(use);
+        case Kind::bfloat: return use_as<Kind::bfloat, 16>(use);
+        case Kind::single: return use_as<Kind::single, 32>(use);
+    }
+}
+
+// The walk of one panel by a level's three kernels, given as functions of (run, place).
+template <class Floats, class OneToken, class Tokens>
+static void each_run(const Matrix& m, uint32_t p, int count, Pass pass, Floats floats, OneToken one_token,
+                     Tokens tokens) {
+    Place place{m.data + m.panel[p].offset, m.cell + m.panel[p].cell};
+    for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
+        const Run& run = m.run[r];
+        if (pass == Pass::exact || !is_quad(run.kind))
+            floats(run, place);
+        else if (count == 1)
+            one_token(run, place);
+        else
+            tokens(run, place);
+    }
+}
+
+}  // namespace bitmosaic
