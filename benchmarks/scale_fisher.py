@@ -101,7 +101,14 @@ def child(checkpoint: Path, output: Path) -> None:
         0, source.config.vocab_size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(1)
     )
     times: dict[str, float] = {}
-    calibrate(source, tokens, output, memory_cap=MEMORY_CAP, track=timed(times))
+    calibrate(
+        source,
+        tokens,
+        output,
+        names=("fisher",),
+        memory_cap=MEMORY_CAP,
+        track=timed(times),
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     print(json.dumps({**times, "peak_rss_gib": peak / GIB}))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
@@ -163,9 +163,14 @@ def invert(permutation: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return inverse
 
 
+def index_dtype(limit: int) -> torch.dtype:
+    """Type of stored indices below `limit`: uint16 where they fit, else int32."""
+    return torch.uint16 if limit <= 1 << 16 else torch.int32
+
+
 def store_indices(indices: Int[Tensor, " n"], limit: int) -> Tensor:
-    """Narrow indices below `limit` to uint16 where they fit, else int32."""
-    return indices.to(torch.uint16 if limit <= 1 << 16 else torch.int32)
+    """Narrow indices below `limit` to the type in which they are stored."""
+    return indices.to(index_dtype(limit))
 
 
 def predict_bytes(
@@ -176,9 +181,12 @@ def predict_bytes(
     *,
     in_permutation: bool = False,
     out_permutation: bool = False,
+    outliers: int = 0,
+    outlier_format: str = "fp16",
 ) -> int:
-    """Price a tensor before it exists; equals `nbytes` of what `pack` makes (without outliers)."""
-    total = 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
+    """Price a tensor before it exists; equals `nbytes` of what `pack` makes."""
+    total = outlier_bytes(shape, outliers, outlier_format)
+    total += 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
     total += permutation_bytes(shape[1]) * in_permutation
     total += permutation_bytes(shape[0]) * out_permutation
     for section in sections(shape, tile, used, tile_map):
@@ -186,9 +194,17 @@ def predict_bytes(
     return total
 
 
+def outlier_bytes(shape: tuple[int, int], count: int, outlier_format: str = "fp16") -> int:
+    """Bytes of `count` outliers: values, columns, and the number in each row."""
+    if not count:
+        return 0
+    each = OUTLIER_DTYPES[outlier_format].itemsize + index_dtype(shape[1]).itemsize
+    return count * each + shape[0] * index_dtype(shape[1] + 1).itemsize
+
+
 def permutation_bytes(length: int) -> int:
     """Bytes of a stored permutation."""
-    return length * (2 if length <= 1 << 16 else 4)
+    return length * index_dtype(length).itemsize
 
 
 def pack(
@@ -230,7 +246,7 @@ def pack(
     )
     if outliers is None:
         return tensor
-    return _with_outliers(replace(tensor, outlier_format=outlier_format), weight, outliers.bool())
+    return with_outliers(tensor, weight, outliers.bool(), outlier_format)
 
 
 def pack_encoded(
@@ -292,14 +308,27 @@ def drop_unused(
     return tuple(names[index] for index in present), renumber[tile_map.long()]
 
 
-def _with_outliers(tensor: QuantizedTensor, weight: Tensor, mask: Tensor) -> QuantizedTensor:
+def with_outliers(
+    tensor: QuantizedTensor,
+    values: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+    outlier_format: str = "fp16",
+) -> QuantizedTensor:
+    """Replace the marked entries by those of `values`, both in original order."""
     _, columns = mask.nonzero(as_tuple=True)
     if not columns.numel():
         return tensor  # counts alone would be a file that no reader accepts
     counts = mask.sum(dim=1)
+    kept = values[mask].to(OUTLIER_DTYPES[outlier_format])
+    if not bool(kept.isfinite().all()):
+        raise ValueError(
+            f"outliers must be within the range of {outlier_format}, not "
+            f"{largest_magnitude(values[mask]):g}. Keep them in bf16."
+        )
     return replace(
         tensor,
-        outlier_values=weight[mask].to(OUTLIER_DTYPES[tensor.outlier_format]),
+        outlier_format=outlier_format,
+        outlier_values=kept,
         outlier_columns=store_indices(columns, tensor.shape[1]),
         outlier_counts=store_indices(counts, tensor.shape[1] + 1),
     )

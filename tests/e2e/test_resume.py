@@ -23,7 +23,8 @@ from bitmosaic import methods, pipeline
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods.base import BASES
 from bitmosaic.methods.sfmp import Sfmp
-from bitmosaic.pipeline import QuantizeOptions
+from bitmosaic.model.sweep import Sweep
+from bitmosaic.pipeline import QuantizeOptions, Statistics
 from interruption import PLACES, Moments, fill_disk, kill, press_control_c
 from runs import Case, case, content
 
@@ -241,13 +242,13 @@ def test_killed_while_replacing(whole: Whole, tmp_path: Path) -> None:
             finish(work, output, whole)
 
 
-def test_calibration_killed_in_the_backward_sweep(model: Path, tmp_path: Path) -> None:
+def test_calibration_killed_in_either_sweep(model: Path, tmp_path: Path) -> None:
     work = Work(model)
     work.calibrate(tmp_path / "whole")
     expected = content(tmp_path / "whole")
     assert set(expected) == {
         "statistics.json",
-        *(f"block-{index:05d}.safetensors" for index in range(3)),
+        *(f"{kind}-{index:05d}.safetensors" for kind in ("inputs", "block") for index in range(3)),
     }
     for place in ("write", "after rename"):
         count = count_moments(place, partial(work.calibrate, tmp_path / f"count-{place}"))
@@ -352,6 +353,29 @@ def test_other_tokens_do_not_go_on_with_statistics(model: Path, tmp_path: Path) 
         pipeline.calibrate(source, tokens(3, 12, seed=2), tmp_path)
     with pytest.raises(FileExistsError, match="differs in samples, tokens"):
         pipeline.calibrate(source, tokens(2, 12), tmp_path)
+
+
+def test_statistics_of_inputs_need_no_gradients(model: Path, tmp_path: Path) -> None:
+    """Forward alone, with the values that a whole calibration has; a broken run goes on."""
+    source = Case(model, tokens(3, 12)).source
+    whole = pipeline.calibrate(source, tokens(3, 12), tmp_path / "whole")
+    names = ("activation", "pivots")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "loss_gradients", None)
+        inputs = pipeline.calibrate(source, tokens(3, 12), tmp_path / "inputs", names=names)
+        before = content(inputs.directory)
+        (inputs.directory / "inputs-00001.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="1 are missing"):
+            Statistics.open(inputs.directory)
+        pipeline.calibrate(source, tokens(3, 12), tmp_path / "inputs", names=names)
+    assert content(inputs.directory) == before
+    for index in range(len(source.block_names)):
+        for part in (("activation", "rms"), ("activation", "rms_rest"), ("pivots",)):
+            left, right = (each.read(index, *part) for each in (whole, inputs))
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(ValueError, match="must be of the original model here, not 'hessian'"):
+        pipeline.calibrate(source, tokens(3, 12), tmp_path / "no", names=("hessian",))
 
 
 def test_a_finished_output_is_refused_or_replaced(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 TYPES = {"U8": "u1", "U16": "<u2", "I32": "<i4", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+STREAMS = ("codes", "scales", "zero_points", "grids")
 FLOATS = {"fp8-e4m3": (4, 3, 7), "fp8-e5m2": (5, 2, 15), "fp16": (5, 10, 15), "bf16": (8, 7, 127)}
 
 
@@ -46,6 +47,8 @@ def read_format(name: str) -> dict[str, Any]:
     """Spell out a format: bits, group, grid, and what is stored (7)."""
     if name == "pruned":
         return {"bits": 0, "group": None, "grid": np.zeros(1, "f4"), "scale": False, "zero": 0.0}
+    if book := re.fullmatch(r"codebook([1-8])", name):
+        return {"bits": int(book[1]), "group": None, "grid": None, "scale": False, "zero": 0.0}
     if whole := re.fullmatch(r"int([1-8])(?:-g(\d+))?(-sym)?", name):
         bits, group = int(whole[1]), int(whole[2]) if whole[2] else None
         middle = 2.0 ** (bits - 1) if bits > 1 else 0.5
@@ -108,7 +111,10 @@ def decode_tile(
 ) -> np.ndarray:
     """Decode the next tile of a format up to its tensor scale (6, 10)."""
     codes = streams["codes"].planes(form["bits"], rows * columns)
-    value = form["grid"][codes].reshape(rows, columns)
+    grid = form["grid"]
+    if grid is None:  # learned (7.4)
+        grid = streams["grids"].take(2 * 2 ** form["bits"]).view("<f2").astype("f4")
+    value = grid[codes].reshape(rows, columns)
     if not form["scale"]:
         return value
     group = form["group"] or columns
@@ -126,7 +132,7 @@ def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarr
     """Decode one packed weight to float32 [out, in]."""
     (height, width), (tile_rows, tile_columns) = described["shape"], described["tile"]
     places = tile_map(described, arrays, -(-height // tile_rows) * -(-width // tile_columns))
-    streams = {key: Stream(arrays.get(key)) for key in ("codes", "scales", "zero_points")}
+    streams = {key: Stream(arrays.get(key)) for key in STREAMS}
     weight = np.zeros((height, width), np.float32)
     for index, name in enumerate(described["formats"]):
         form = read_format(name)

@@ -1,7 +1,8 @@
-"""Make the frozen sample of format version 1: `python tests/golden/make_sample.py DIRECTORY`.
+"""Make the frozen samples of format version 1: `python tests/golden/make_sample.py DIRECTORY`.
 
 The weights are fractions made from integers, so that every machine makes the same bytes.  A change
-of the sample is a change of the file format: it needs a new `format_version` and a new sample.
+of a sample is a change of the file format: it needs a new `format_version` and a new sample.  New
+formats that the version allows get a sample of their own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from bitmosaic import checkpoint
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import QuantizedTensor, pack
 from bitmosaic.tiling import grid_shape
-
-NAME = "sample-v1"
 
 
 def weight(out: int, width: int) -> Tensor:
@@ -97,28 +96,58 @@ def sample() -> dict[str, QuantizedTensor]:
     }  # fmt: skip
 
 
+def codebooks() -> dict[str, QuantizedTensor]:
+    """Learned grids: of columns, of ragged boxes beside other formats, of the whole matrix."""
+    return {
+        "columns": make(
+            (40, 18),
+            (40, 1),
+            ("codebook2", "codebook3", "codebook4", "fp16"),
+            outlier_format="fp16",
+        ),
+        "boxes": make(
+            (21, 75),
+            (4, 16),
+            ("codebook1", "int3-g8", "codebook5", "codebook8", "pruned"),
+            step=3,
+            in_permutation=order(75, 7),
+            out_permutation=order(21, 5),
+        ),
+        "whole": make((16, 32), (16, 32), ("codebook6",)),
+        "many": make((33, 30), (11, 10), ("codebook7", "codebook2")),
+    }
+
+
+SAMPLES = {"sample-v1": sample, "sample-v1-codebooks": codebooks}
+
+
 def write(directory: Path) -> None:
-    """Write the sample's tensor file and its description."""
-    tensors = sample()
+    """Write every sample."""
+    for name, tensors in SAMPLES.items():
+        write_sample(directory, name, tensors())
+
+
+def write_sample(directory: Path, name: str, tensors: dict[str, QuantizedTensor]) -> None:
+    """Write a sample's tensor file and its description."""
     arrays = {
-        f"{name}.{key}": array
-        for name, tensor in tensors.items()
+        f"{module}.{key}": array
+        for module, tensor in tensors.items()
         for key, array in tensor.arrays().items()
     }
     arrays["norm.weight"] = weight(1, 8)[0]
-    checkpoint.write_tensors(directory / f"{NAME}.safetensors", arrays, {"format": "pt"})
+    checkpoint.write_tensors(directory / f"{name}.safetensors", arrays, {"format": "pt"})
     described = {
         "quantization_config": {
             "quant_method": "bitmosaic",
             "format_version": 1,
-            "tensors": {name: checkpoint.describe(tensor) for name, tensor in tensors.items()},
+            "tensors": {key: checkpoint.describe(tensor) for key, tensor in tensors.items()},
         },
         "sha256 of the float32 values": {
-            name: hashlib.sha256(tensor.dequantize().numpy().tobytes()).hexdigest()
-            for name, tensor in tensors.items()
+            key: hashlib.sha256(tensor.dequantize().numpy().tobytes()).hexdigest()
+            for key, tensor in tensors.items()
         },
     }
-    checkpoint.write_text(directory / f"{NAME}.json", json.dumps(described, indent=1) + "\n")
+    checkpoint.write_text(directory / f"{name}.json", json.dumps(described, indent=1) + "\n")
 
 
 if __name__ == "__main__":

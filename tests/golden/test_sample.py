@@ -15,23 +15,30 @@ from bitmosaic.tensor import ARRAYS, QuantizedTensor, pack
 from golden import independent_reader, make_sample
 
 HERE = Path(__file__).parent
-DESCRIBED = json.loads((HERE / "sample-v1.json").read_text())
-TENSORS = DESCRIBED["quantization_config"]["tensors"]
-every_tensor = pytest.mark.parametrize("name", TENSORS)
+SAMPLES = tuple(make_sample.SAMPLES)
+DESCRIBED = {sample: json.loads((HERE / f"{sample}.json").read_text()) for sample in SAMPLES}
+TENSORS = {sample: each["quantization_config"]["tensors"] for sample, each in DESCRIBED.items()}
+every_sample = pytest.mark.parametrize("sample", SAMPLES)
+every_tensor = pytest.mark.parametrize(
+    ("sample", "name"), [(sample, name) for sample in SAMPLES for name in TENSORS[sample]]
+)
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """The sample under the names that a checkpoint directory has."""
-    path = tmp_path_factory.mktemp("sample")
-    shutil.copy(HERE / "sample-v1.safetensors", path / "model.safetensors")
-    shutil.copy(HERE / "sample-v1.json", path / "config.json")
-    return path
+def directories(tmp_path_factory):
+    """The samples under the names that a checkpoint directory has."""
+    found = {}
+    for sample in SAMPLES:
+        found[sample] = path = tmp_path_factory.mktemp(sample)
+        shutil.copy(HERE / f"{sample}.safetensors", path / "model.safetensors")
+        shutil.copy(HERE / f"{sample}.json", path / "config.json")
+    return found
 
 
 @every_tensor
-def test_both_readers_decode_the_frozen_values_bit_for_bit(directory, name):
-    expected = DESCRIBED["sha256 of the float32 values"][name]
+def test_both_readers_decode_the_frozen_values_bit_for_bit(directories, sample, name):
+    directory = directories[sample]
+    expected = DESCRIBED[sample]["sha256 of the float32 values"][name]
     ours = checkpoint.open_packed(directory).load(name).dequantize().numpy()
     stranger = independent_reader.read_checkpoint(directory)[name]
     assert hashlib.sha256(ours.tobytes()).hexdigest() == expected
@@ -41,39 +48,49 @@ def test_both_readers_decode_the_frozen_values_bit_for_bit(directory, name):
 
 def test_the_writer_still_makes_the_frozen_bytes(tmp_path):
     make_sample.write(tmp_path)
-    for name in ("sample-v1.safetensors", "sample-v1.json"):
+    for name in (f"{sample}.{kind}" for sample in SAMPLES for kind in ("safetensors", "json")):
         assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
 
 
 @every_tensor
-def test_a_tensor_that_was_read_is_written_as_it_was(directory, name):
-    packed = checkpoint.open_packed(directory)
+def test_a_tensor_that_was_read_is_written_as_it_was(directories, sample, name):
+    packed = checkpoint.open_packed(directories[sample])
     tensor = packed.load(name)
-    assert checkpoint.describe(tensor) == TENSORS[name]
+    assert checkpoint.describe(tensor) == TENSORS[sample][name]
     stored = packed.arrays_of(name)
     assert tensor.arrays().keys() == stored.keys()
     assert all(torch.equal(array, stored[key]) for key, array in tensor.arrays().items())
 
 
-def test_values_are_near_the_weights_they_came_from(directory):
+@every_sample
+def test_values_are_near_the_weights_they_came_from(directories, sample):
     # The sums are the meaning of the sample: no hash says whether a value is right.
-    for name, described in TENSORS.items():
+    for name, described in TENSORS[sample].items():
         weight = make_sample.weight(*described["shape"])
-        tensor = checkpoint.open_packed(directory).load(name)
+        tensor = checkpoint.open_packed(directories[sample]).load(name)
         error = (tensor.dequantize() - weight).square().sum()
         assert error <= weight.square().sum() * (1 if name == "pruned" else 0.5)
 
 
-def test_the_sample_holds_every_built_in_format_family_and_array(directory):
-    used = [formats.get(each) for described in TENSORS.values() for each in described["formats"]]
+def test_the_samples_hold_every_built_in_format_family_and_array(directories):
+    names = {
+        sample: [each for described in tensors.values() for each in described["formats"]]
+        for sample, tensors in TENSORS.items()
+    }
+    used = [formats.get(each) for sample in SAMPLES for each in names[sample]]
     assert {type(fmt) for fmt in used} == {
         type(formats.get(each))
-        for family in ("int", "fp", "pruned")
+        for family in ("int", "fp", "pruned", "codebook")
         for each in formats.family(family).EXAMPLES
     }
-    assert {fmt.bits for fmt in used} == {*range(9), 16}
-    stored = {key.rsplit(".", 1)[1] for key in checkpoint.open_packed(directory).files}
-    assert stored - {"weight"} == set(ARRAYS) - {"grids"}
+    assert {formats.get(each).bits for each in names["sample-v1"]} == {*range(9), 16}
+    assert {*formats.family("codebook").EXAMPLES} < {*names["sample-v1-codebooks"]}
+    stored = {
+        key.rsplit(".", 1)[1]
+        for path in directories.values()
+        for key in checkpoint.open_packed(path).files
+    }
+    assert stored - {"weight"} == set(ARRAYS)
 
 
 WORKED_WEIGHT = [

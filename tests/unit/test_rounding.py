@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitmosaic import formats
-from bitmosaic.formats import UnsupportedError
 from bitmosaic.rounding import (
     awq_clip,
     awq_scale,
@@ -136,6 +137,8 @@ CASES = {
     "symmetric and asymmetric": {"names": ("int3-sym", "int4", "int8-g40-sym"), "tile": (5, 60)},
     "floats and pruned": {"names": ("fp8-e4m3-g32", "pruned", "int4", "bf16"), "tile": (6, 40)},
     "one in_channel a tile": {"names": ("int4", "int2", "int8"), "tile": (24, 1)},
+    "codebooks of in_channels": {"names": ("codebook2", "codebook3", "bf16"), "tile": (24, 1)},
+    "codebooks of boxes": {"names": ("codebook2", "int3-g20", "codebook4"), "tile": (7, 40)},
 }
 
 
@@ -242,12 +245,117 @@ class TestCompensated:
         with pytest.raises(ValueError, match="act_order must go with static_groups"):
             compensated(weights(0, (4, 20)), layer, torch.eye(20), act_order=True)
 
-    def test_learned_grids_are_refused(self, monkeypatch):
+    def test_tiles_one_column_wide_can_be_visited_in_any_order(self):
+        shape = (24, 150)
+        layer = random_layer(1, shape, (24, 1), ("codebook2", "int3"), out_permutation=True)
+        weight, hessian = weights(2, shape), correlated_hessian(3, shape[1])
+        tensor = compensated(weight, layer, hessian, damping=DAMPING, act_order=True)
+        ordered = weight[layer.out_permutation]
+        rounded = tensor.dequantize()[layer.out_permutation]
+        visit = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        sweep = TextbookSweep(ordered, hessian, rounded, visit)
+        assert not wrong_codes(tensor, layer, sweep).any()
+
+    def test_a_third_party_learned_grid_follows_the_textbook(self, monkeypatch):
         register_third_party(monkeypatch)
-        layer = random_layer(0, (4, 20), (4, 20), ("learned2",))
-        with pytest.raises(UnsupportedError, match="fixed grids, not learned2"):
-            compensated(weights(0, (4, 20)), layer, torch.eye(20))
+        shape = (24, 150)
+        layer = random_layer(1, shape, (9, 40), ("learned2", "int3-g20"))
+        weight, hessian = weights(2, shape), correlated_hessian(3, shape[1])
+        tensor = compensated(weight, layer, hessian, damping=DAMPING)
+        sweep = TextbookSweep(weight, hessian, tensor.dequantize(), torch.arange(shape[1]))
+        assert not wrong_codes(tensor, layer, sweep).any()
         formats.get.cache_clear()
+
+    def test_grids_hold_weights_that_compensation_has_made_large(self):
+        # Two in_channels that are nearly one: what rounding the first leaves moves to the second
+        # a thousandfold, since that one's activations are a thousand times smaller.
+        x = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+        inputs = torch.cat([x, x / 1000, torch.ones(64, 1) * 1e-3], dim=1)
+        layer = random_layer(0, (8, 3), (8, 1), ("codebook1",))
+        weight = weights(0, (8, 3))
+        tensor = compensated(weight, layer, inputs.t() @ inputs, damping=1e-8)
+        assert tensor.dequantize().isfinite().all()
+        assert tensor.dequantize().abs().max() > 8 * weight.abs().max()
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_grids_that_follow_lose_less_than_static_ones(self, seed):
+        shape = (64, 96)
+        layer = random_layer(seed, shape, (64, 1), ("codebook2",))
+        weight, hessian = weights(seed, shape), correlated_hessian(seed, shape[1])
+        plain, static, moving = (
+            output_error(weight, tensor.dequantize(), hessian)
+            for tensor in (
+                nearest(weight, layer),
+                compensated(weight, layer, hessian, static_groups=True),
+                compensated(weight, layer, hessian),
+            )
+        )
+        assert moving < static < plain
+
+
+class TestOutliers:
+    """Weights that the sweep keeps, each as it stands at its column."""
+
+    SHAPE = (24, 150)
+
+    def made(self, share, **options):
+        layer = random_layer(
+            1, self.SHAPE, (9, 64), ("int3-g32", "codebook2"), in_permutation=True,
+            out_permutation=True,
+        )  # fmt: skip
+        weight, hessian = weights(2, self.SHAPE), correlated_hessian(3, self.SHAPE[1])
+        generator = torch.Generator().manual_seed(4)
+        mask = torch.rand(self.SHAPE, generator=generator) < share
+        tensor = compensated(weight, layer, hessian, damping=DAMPING, outliers=mask, **options)
+        return tensor, layer, weight, hessian, mask
+
+    @pytest.mark.parametrize("options", [{}, {"static_groups": True, "act_order": True}])
+    def test_each_is_the_running_weight_of_the_textbook(self, options):
+        tensor, layer, weight, hessian, mask = self.made(0.05, **options)
+        ordered, moved = stored_order(layer, weight, hessian)
+        orders = (layer.out_permutation, layer.in_permutation)
+        rounded, kept = permute(tensor.dequantize(), *orders), permute(mask, *orders)
+        visit = torch.arange(self.SHAPE[1])
+        if options:
+            visit = torch.argsort(moved.diagonal(), descending=True, stable=True)
+        sweep = TextbookSweep(ordered, moved, rounded, visit)
+        assert not (wrong_codes(tensor, layer, sweep) & ~kept).any()
+        off = (rounded.double() - sweep.value).abs()
+        half = 2.0**-11 * sweep.value.abs() + 2.0**-25  # of an fp16's last place
+        assert (off <= half + sweep.slack)[kept].all()
+        assert not torch.equal(rounded[kept], ordered[kept].half().float())
+
+    def test_none_are_the_sweep_without_them(self):
+        tensor, layer, weight, hessian, _ = self.made(0.0)
+        plain = compensated(weight, layer, hessian, damping=DAMPING)
+        assert tensor.outlier_values is None
+        assert torch.equal(tensor.dequantize(), plain.dequantize())
+
+    def test_all_in_full_precision_are_the_weight(self):
+        layer = replace(random_layer(1, self.SHAPE, (9, 64), ("int3-g32",)), outlier_format="fp32")
+        weight, hessian = weights(2, self.SHAPE), correlated_hessian(3, self.SHAPE[1])
+        every = torch.ones(self.SHAPE, dtype=torch.bool)
+        tensor = compensated(weight, layer, hessian, outliers=every)
+        assert torch.equal(tensor.dequantize(), weight)
+
+    def test_the_loss_is_the_sum_of_squares_left_at_each_column(self):
+        tensor, layer, weight, hessian, _ = self.made(0.05)
+        ordered, moved = stored_order(layer, weight, hessian)
+        orders = (layer.out_permutation, layer.in_permutation)
+        rounded = permute(tensor.dequantize(), *orders).double()
+        sweep = TextbookSweep(ordered, moved, rounded, torch.arange(self.SHAPE[1]))
+        matrix = damped(moved)
+        error = ordered.double() - rounded
+        whole = ((error @ matrix) * error).sum()
+        pivots = torch.linalg.cholesky(matrix.flip(0, 1)).diagonal().flip(0).square()
+        parts = ((sweep.value - rounded).square() * pivots).sum()
+        assert torch.isclose(whole, parts, rtol=1e-9)
+
+    def test_a_value_beyond_the_type_is_refused(self):
+        layer = random_layer(0, (4, 20), (4, 20), ("int4",))
+        weight = weights(0, (4, 20)) * 1e9
+        with pytest.raises(ValueError, match="outliers must be within the range of fp16"):
+            compensated(weight, layer, torch.eye(20), outliers=torch.ones(4, 20).bool())
 
 
 class TestCompensationFactor:

@@ -215,6 +215,10 @@ class TestStatistics:
         for found, exact in (
             (norms.mean_abs, tokens.abs().mean(dim=0)),
             (norms.rms, tokens.square().mean(dim=0).sqrt()),
+            (
+                norms.rms_rest,
+                torch.cat([part[1:] for part in samples]).square().mean(dim=0).sqrt(),
+            ),
         ):
             assert ((found.double() - exact).abs() <= error * exact).all()
         assert statistic.observations == len(tokens)
@@ -238,6 +242,27 @@ class TestStatistics:
         statistic.update(inputs)
         assert statistic.value().tolist() == [[300.0, 300.0], [300.0, 300.0]]
 
+    @pytest.mark.parametrize("tokens", [16, 2])  # 2: fewer tokens in all than in_channels
+    def test_pivots_are_what_the_later_in_channels_leave_unexplained(self, tokens):
+        samples = [part * (1 + torch.arange(24)) for part in self.samples(5, tokens, 24)]
+        statistic = get("pivots")((4, 24))
+        for sample in samples:
+            statistic.update(sample)
+        together = torch.cat(samples)
+        moments = together.T @ together / len(together)
+        matrix = moments + 0.01 * moments.diagonal().mean() * torch.eye(24)
+        order = torch.argsort(moments.diagonal(), descending=True)
+        expected = torch.zeros(24, dtype=torch.float64)
+        for place, column in enumerate(order):
+            later = order[place + 1 :]
+            cross = matrix[column, later]
+            explained = cross @ torch.linalg.solve(matrix[later][:, later], cross)
+            expected[column] = matrix[column, column] - explained
+        # The sums are rounded to float32; what is left of them is at least the damping.
+        slack = 48 * FLOAT32 * matrix.diagonal().amax() * matrix.diagonal().amax() / expected.amin()
+        assert ((statistic.value().double() - expected).abs() <= slack).all()
+        assert slack < expected.amin()
+
     def test_fisher_squares_each_sequence_by_itself(self):
         statistic = get("fisher")((1, 2))
         statistic.update(torch.tensor([[1.0, -2.0]]))
@@ -249,6 +274,7 @@ class TestStatistics:
         assert get("activation")((2, 3)).value().rms.tolist() == [0.0, 0.0, 0.0]
         assert get("hessian")((2, 3)).value().tolist() == [[0.0] * 3] * 3
         assert get("fisher")((2, 3)).value().tolist() == [[0.0] * 3] * 2
+        assert get("pivots")((2, 3)).value().tolist() == [0.0] * 3
 
     def test_no_token_reaches_an_expert(self):
         statistic = get("hessian")((2, 3))
@@ -256,8 +282,8 @@ class TestStatistics:
         assert statistic.value().abs().max() == 0
 
     def test_names_are_the_files(self):
-        assert names() == ("activation", "fisher", "hessian")
-        with pytest.raises(ValueError, match="must be one of activation, fisher, hessian, not 'x'"):
+        assert names() == ("activation", "fisher", "hessian", "pivots")
+        with pytest.raises(ValueError, match="one of activation, fisher, hessian, pivots, not 'x'"):
             get("x")
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float64, Int, UInt8
+from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.allocation.budget import BudgetError
 from bitmosaic.allocation.plan import LayerAllocation, uniform
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.tensor import drop_unused, map_bits, permutation_bytes
+from bitmosaic.tensor import drop_unused, map_bits, outlier_bytes, permutation_bytes
 from bitmosaic.tiling import tile_sizes
 
 
@@ -21,7 +21,8 @@ from bitmosaic.tiling import tile_sizes
 class TileCosts:
     """Estimated loss of each tile of one weight in each candidate format.
 
-    `cost` is in units of loss (or proportional to it), comparable across the whole model.
+    `cost` is in units of loss (or proportional to it), comparable across the whole model; infinity
+    forbids a format to a tile.  The other fields are those of `LayerAllocation`.
     """
 
     name: str
@@ -31,6 +32,15 @@ class TileCosts:
     cost: Float64[Tensor, "formats tiles_out tiles_in"]
     in_permutation: Int[Tensor, " in"] | None = None
     out_permutation: Int[Tensor, " out"] | None = None
+    outliers: int = 0
+    outlier_format: str = "fp16"
+    in_importance: Float[Tensor, " in"] | None = None
+    out_importance: Float[Tensor, " out"] | None = None
+
+    @property
+    def allowed(self) -> Bool[Tensor, "formats tiles_out tiles_in"]:
+        """Which formats each tile may have."""
+        return ~self.cost.isinf()
 
     def bytes(self) -> Int[Tensor, "formats tiles_out tiles_in"]:
         """Exact bytes of each tile in each format."""
@@ -46,14 +56,14 @@ class TileCosts:
 
     @property
     def overhead(self) -> int:
-        """Bytes beside the tiles if every candidate format is used: map, scales, permutations."""
+        """Bytes beside the tiles if every format is used: map, scales, permutations, outliers."""
         tiles = self.cost[0].numel()
         total = 4 * len(self.formats) + map_bits(len(self.formats)) * packed_bytes(tiles)
         if self.in_permutation is not None:
             total += permutation_bytes(self.shape[1])
         if self.out_permutation is not None:
             total += permutation_bytes(self.shape[0])
-        return total
+        return total + outlier_bytes(self.shape, self.outliers, self.outlier_format)
 
     def plan(self, tile_map: UInt8[Tensor, "tiles_out tiles_in"]) -> LayerAllocation:
         """Turn a choice of formats into the layer's plan, dropping formats without tiles.
@@ -62,16 +72,22 @@ class TileCosts:
         do not cross rows, and lets the matrix be packed and read piece by piece.
         """
         used, renumbered = drop_unused(self.formats, tile_map)
-        if renumbered.numel() == 1 and formats.get(used[0]).learned_grid is None:
-            return uniform(self.shape, used[0], self.in_permutation, self.out_permutation)
-        return LayerAllocation(
+        layer = LayerAllocation(
             self.shape,
             self.tile,
             used,
             renumbered,
             self.in_permutation,
             self.out_permutation,
+            self.outliers,
+            self.outlier_format,
+            self.in_importance,
+            self.out_importance,
         )
+        if renumbered.numel() == 1 and formats.get(used[0]).learned_grid is None:
+            bands = uniform(self.shape, used[0])
+            layer = replace(layer, tile=bands.tile, tile_map=bands.tile_map)
+        return layer
 
 
 def overhead_bytes(tables: Sequence[TileCosts]) -> int:
@@ -81,11 +97,12 @@ def overhead_bytes(tables: Sequence[TileCosts]) -> int:
 
 def feasible_range(tables: Sequence[TileCosts]) -> tuple[int, int]:
     """Smallest and largest bytes that the candidate formats can reach."""
-    fixed = overhead_bytes(tables)
-    sizes = [table.bytes() for table in tables]
-    low = sum(int(size.amin(0).sum()) for size in sizes)
-    high = sum(int(size.amax(0).sum()) for size in sizes)
-    return fixed + low, fixed + high
+    low = high = overhead_bytes(tables)
+    for table in tables:
+        size, allowed = table.bytes(), table.allowed
+        low += int(size.masked_fill(~allowed, size.max()).amin(0).sum())
+        high += int(size.masked_fill(~allowed, 0).amax(0).sum())
+    return low, high
 
 
 def check_feasible(tables: Sequence[TileCosts], budget: int) -> None:

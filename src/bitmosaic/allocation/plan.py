@@ -8,17 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats
-from bitmosaic.tensor import drop_unused, predict_bytes
+from bitmosaic.tensor import OUTLIER_DTYPES, drop_unused, predict_bytes
 from bitmosaic.tiling import grid_shape
 
 
 @dataclass(frozen=True)
 class LayerAllocation:
-    """The plan of one weight: formats by tile and how its rows and columns are reordered."""
+    """The plan of one weight: formats by tile and how its rows and columns are reordered.
+
+    Attributes:
+        shape: (out, in) of the weight.
+        tile: (rows, columns) of a full tile.
+        formats: candidates that the tile map holds indices into.
+        tile_map: index of each tile's format.
+        in_permutation: stored position -> in_channel; None when in order.
+        out_permutation: stored position -> out_channel; None when in order.
+        outliers: how many single weights will be kept.
+        outlier_format: key of OUTLIER_DTYPES for their values.
+        in_importance: what a squared error in each in_channel costs; None where all cost alike.
+        out_importance: the same for each out_channel.
+    """
 
     shape: tuple[int, int]
     tile: tuple[int, int]
@@ -26,6 +39,10 @@ class LayerAllocation:
     tile_map: UInt8[Tensor, "tiles_out tiles_in"]
     in_permutation: Int[Tensor, " in"] | None = None
     out_permutation: Int[Tensor, " out"] | None = None
+    outliers: int = 0
+    outlier_format: str = "fp16"
+    in_importance: Float[Tensor, " in"] | None = None
+    out_importance: Float[Tensor, " out"] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +55,8 @@ class LayerAllocation:
             tile_map,
             in_permutation=self.in_permutation is not None,
             out_permutation=self.out_permutation is not None,
+            outliers=self.outliers,
+            outlier_format=self.outlier_format,
         )
 
 
@@ -78,11 +97,16 @@ class Allocation:
                 "shape": layer.shape,
                 "tile": layer.tile,
                 "formats": layer.formats,
+                "outliers": layer.outliers,
+                "outlier_format": layer.outlier_format,
             }
             tensors[f"{name}.tile_map"] = layer.tile_map
             for side in ("in_permutation", "out_permutation"):
                 if (order := getattr(layer, side)) is not None:
                     tensors[f"{name}.{side}"] = order.to(torch.int32)
+            for side in ("in_importance", "out_importance"):
+                if (values := getattr(layer, side)) is not None:
+                    tensors[f"{name}.{side}"] = values
         tensors |= {f"{name}.tie": order.to(torch.int32) for name, order in self.ties.items()}
         if self.residual is not None:
             tensors["residual"] = self.residual.to(torch.int32)
@@ -112,6 +136,10 @@ class Allocation:
                         tile_map=tensors[f"{name}.tile_map"],
                         in_permutation=order(f"{name}.in_permutation", described["shape"][1]),
                         out_permutation=order(f"{name}.out_permutation", described["shape"][0]),
+                        outliers=int(described["outliers"]),
+                        outlier_format=described["outlier_format"],
+                        in_importance=tensors.get(f"{name}.in_importance"),
+                        out_importance=tensors.get(f"{name}.out_importance"),
                     )
                 )
                 for name, described in json.loads(metadata["layers"]).items()
@@ -139,6 +167,16 @@ def _checked(layer: LayerAllocation) -> LayerAllocation:
         raise ValueError("a tile map does not cover its matrix")
     if layer.tile_map.dtype != torch.uint8 or int(layer.tile_map.max()) >= len(layer.formats):
         raise ValueError("a tile map names a format that is not there")
+    if not 0 <= layer.outliers <= layer.shape[0] * layer.shape[1]:
+        raise ValueError("a matrix has more outliers than weights")
+    if layer.outlier_format not in OUTLIER_DTYPES:
+        raise ValueError("the outliers of a matrix have no known type")
+    sides = ((layer.in_importance, layer.shape[1]), (layer.out_importance, layer.shape[0]))
+    for values, length in sides:
+        if values is not None and (
+            tuple(values.shape) != (length,) or not bool((values.isfinite() & (values >= 0)).all())
+        ):
+            raise ValueError("an importance does not fit its matrix")
     return layer
 
 

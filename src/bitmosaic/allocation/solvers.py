@@ -49,6 +49,8 @@ def two_level(
     """
     check_feasible(tables, budget)
     pool = _Pool(tables)
+    if not bool(pool.cost.isfinite().all()):
+        raise ValueError("two_level must be free to give any tile either format. Use lagrangian.")
     fixed = overhead_bytes(tables)
     uniform = pool.bytes.sum(1) + fixed
     ladder = torch.argsort(uniform).tolist()
@@ -85,13 +87,18 @@ class _Pool:
         self.tables = tables
         self.bytes = torch.cat([table.bytes().flatten(1) for table in tables], dim=1)
         self.cost = torch.cat([table.cost.flatten(1) for table in tables], dim=1)
-        if not bool(self.cost.isfinite().all()):
-            raise ValueError("tile costs must be finite. Check the calibration statistics.")
+        forbidden = self.cost == torch.inf
+        if bool((~self.cost.isfinite() & ~forbidden).any()) or bool(forbidden.all(0).any()):
+            raise ValueError(
+                "tile costs must be finite in at least one format of each tile. "
+                "Check the calibration statistics."
+            )
         self.tiles = self.bytes.shape[1]
         # The cheapest format of each tile; of equally large ones the better.
-        smallest = self.bytes == self.bytes.amin(0)
+        least = self.bytes.masked_fill(forbidden, torch.iinfo(torch.int64).max).amin(0)
+        smallest = (self.bytes == least) & ~forbidden
         self.base = torch.where(smallest, self.cost, torch.inf).argmin(0).to(torch.uint8)
-        self.base_bytes = int(self.bytes.amin(0).sum())
+        self.base_bytes = int(least.sum())
 
     @property
     def weights(self) -> Tensor:

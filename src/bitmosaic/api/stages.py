@@ -172,7 +172,8 @@ def quantize(
         assert calibration is not None
         text = _open_text(source, calibration, samples, seqlen, seed, track)
     if resume and output.exists():
-        request = _request(source, chosen, budget, plan, text, embedding, head)
+        used = text if directory is None or chosen.block_statistics else None
+        request = _request(source, chosen, budget, plan, used, embedding, head)
         return _finished(output, request)
     facts = {} if text is None else text.facts
     if directory is not None:

@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sfmp, nearest": ("sfmp", {"base": "nearest"}),
     "layerwise": ("layerwise", {}),
     "sfmp": ("sfmp", {}),
+    "cmpq": ("cmpq", {}),
 }
 BUDGETS = (2.5, 3.0, 4.0)
 SEQLEN = 256  # what the embedded model was trained for

@@ -35,7 +35,10 @@ Formats = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="Rounding: nearest, awq or gptq (sfmp, layerwise).", show_default=False),
+    typer.Option(
+        help="Rounding: nearest, awq or gptq (sfmp, layerwise; cmpq without awq).",
+        show_default=False,
+    ),
 ]
 Reorder = Annotated[
     str | None,
@@ -86,7 +89,7 @@ def allocate(
     ],
     bits: Bits = None,
     size: Size = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, ...")] = "sfmp",
+    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq")] = "sfmp",
     statistics: Annotated[
         Path | None,
         typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
@@ -137,7 +140,7 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rtn, gptq, layerwise, sfmp, ... (default: sfmp, or the allocation's).",
+            help="rtn, gptq, layerwise, sfmp, cmpq (default: sfmp, or the allocation's).",
             show_default=False,
         ),
     ] = None,

@@ -126,6 +126,18 @@ class Format:
         """
         raise NotImplementedError  # abstract
 
+    def refit(
+        self,
+        weight: Float[Tensor, "tiles rows groups size"],
+        parameters: Parameters,
+        importance: Float[Tensor, "tiles rows groups size"] | None = None,
+    ) -> Parameters:
+        """Adapt parameters to weights that have moved a little since they were fitted.
+
+        The default fits anew; a format whose fit is a search may start from what it has.
+        """
+        return self.fit(weight, importance)
+
     def encode(
         self, weight: Float[Tensor, "tiles rows groups size"], parameters: Parameters
     ) -> Int[Tensor, "tiles rows groups size"]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bitmosaic import formats, rounding
 from bitmosaic.allocation import LayerAllocation, TileCosts, solve
+from bitmosaic.statistics.activation import ActivationNorms
 from bitmosaic.tensor import QuantizedTensor
-from bitmosaic.tiling import clip_tile
+from bitmosaic.tiling import clip_tile, grid_shape
 
 if TYPE_CHECKING:
     from bitmosaic.model.structure import Structure
@@ -36,6 +37,8 @@ class BlockView:
     weights: Mapping[str, Tensor]
     structure: Structure
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    activation: Mapping[str, ActivationNorms] = field(default_factory=dict)
+    pivots: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,22 @@ class Method:
         """The hyper-parameters that `score` depends on: its tables are kept under them."""
         late = {"base", "damping", "act_order", "solver"}
         return {key: value for key, value in self.parameters().items() if key not in late}
+
+    def blank(
+        self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
+    ) -> TileCosts:
+        """Make a matrix's table without costs, for questions about bytes before any work.
+
+        `orders` tells whether an order of the (in_channels, out_channels) will be stored.
+        """
+        candidates: tuple[str, ...] = getattr(self, "formats")  # noqa: B009  (of subclasses)
+        cut = clip_tile(shape, (getattr(self, "tile_out", None), getattr(self, "tile_in", None)))
+        costs = torch.zeros((len(candidates), *grid_shape(shape, cut)), dtype=torch.float64)
+        columns, rows = (
+            torch.arange(length) if stored else None
+            for length, stored in zip(reversed(shape), orders, strict=True)
+        )
+        return TileCosts(name, shape, cut, candidates, costs, columns, rows)
 
     def score(self, block: BlockView) -> BlockScores:
         """Estimate the loss of every tile in every candidate format."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bitmosaic.model.structure import Structure, permute_residual_block
 from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
-from bitmosaic.tiling import clip_tile, grid_shape
+from bitmosaic.statistics.activation import ActivationNorms
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,9 @@ def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPla
         }
         plan_budget(method, [method.score(BlockView(empty, Structure((), ())))], budget, plan)
         return
-    candidates: tuple[str, ...] = getattr(method, "formats")  # noqa: B009  (a field of subclasses)
-    tile = (getattr(method, "tile_out", None), getattr(method, "tile_in", None))
     orders = _stored_orders(source, method)
     tables = [
-        shape_table(name, shape, tile, candidates, orders.get(name, (False, False)))
+        method.blank(name, shape, orders.get(name, (False, False)))
         for name, shape in source.linear_shapes().items()
     ]
     plan.check(tables, budget)
@@ -139,26 +137,6 @@ def _stored_orders(source: Source, method: Method) -> dict[str, tuple[bool, bool
         for index, prefix in enumerate(source.block_names)
         for name, sides in method.stored_orders(found.of(index, source.empty_block(index))).items()
     }
-
-
-def shape_table(
-    name: str,
-    shape: tuple[int, int],
-    tile: tuple[int | None, int | None],
-    candidates: tuple[str, ...],
-    orders: tuple[bool, bool] = (False, False),
-) -> TileCosts:
-    """Build a table without costs, for questions about bytes only.
-
-    `orders` tells whether an order of the (in_channels, out_channels) will be stored.
-    """
-    cut = clip_tile(shape, tile)
-    costs = torch.zeros((len(candidates), *grid_shape(shape, cut)), dtype=torch.float64)
-    placeholders = [
-        torch.arange(length) if stored else None
-        for length, stored in zip(reversed(shape), orders, strict=True)
-    ]
-    return TileCosts(name, shape, cut, candidates, costs, *placeholders)
 
 
 _NEARLY_ALL = 12
@@ -222,18 +200,30 @@ class _Scorer:
         reads = self.method.fits_any_budget
         block = self.source.load_block(index) if reads else self.source.empty_block(index)
         found = self.structures.of(index, block)
-        fisher = self._fisher(index)
+        fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
+        activation = self._activation(index)
         if residual is not None:
             permute_residual_block(block, found, residual)
             fisher = _permute_residual(fisher, found, residual)
+            activation, pivots = _permute_inputs(activation, pivots, found, residual)
         weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
-        view = BlockView(weights, found, fisher)
+        view = BlockView(weights, found, fisher, activation, pivots)
         return self.method.score(view)
 
-    def _fisher(self, index: int) -> dict[str, Tensor]:
-        if "fisher" not in self.method.statistics or self.statistics is None:
+    def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
+        if statistic not in self.method.statistics or self.statistics is None:
             return {}
-        return self.statistics.read(index, "fisher")
+        return self.statistics.read(index, statistic)
+
+    def _activation(self, index: int) -> dict[str, ActivationNorms]:
+        if "activation" not in self.method.statistics or self.statistics is None:
+            return {}
+        parts = [each.name for each in fields(ActivationNorms)]
+        read = {part: self.statistics.read(index, "activation", part) for part in parts}
+        return {
+            name: ActivationNorms(**{part: read[part][name] for part in parts})
+            for name in read[parts[0]]
+        }
 
 
 def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Tensor | None:
@@ -279,6 +269,23 @@ def _permute_residual(
     return moved
 
 
+def _permute_inputs(
+    activation: dict[str, ActivationNorms],
+    pivots: dict[str, Tensor],
+    found: Structure,
+    order: Tensor,
+) -> tuple[dict[str, ActivationNorms], dict[str, Tensor]]:
+    """Reorder the in_channels of residual readers."""
+    readers = {name for group in found.inputs if group.reads_residual for name in group.linears}
+    norms = {
+        name: ActivationNorms(**{key: part[order] for key, part in vars(each).items()})
+        if name in readers
+        else each
+        for name, each in activation.items()
+    }
+    return norms, {name: each[order] if name in readers else each for name, each in pivots.items()}
+
+
 def _renamed(part: BlockScores, prefix: str) -> BlockScores:
     """Give tables and ties their names in the whole model."""
     return BlockScores(
@@ -286,6 +293,9 @@ def _renamed(part: BlockScores, prefix: str) -> BlockScores:
         part.importance,
         {f"{prefix}.{name}": order for name, order in part.ties.items()},
     )
+
+
+_SIDES = ("in_permutation", "out_permutation", "in_importance", "out_importance")
 
 
 def save_scores(path: Path, part: BlockScores) -> None:
@@ -299,12 +309,14 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 "shape": table.shape,
                 "tile": table.tile,
                 "formats": table.formats,
+                "outliers": table.outliers,
+                "outlier_format": table.outlier_format,
             }
         )
         tensors[f"{table.name}.cost"] = table.cost
-        for side in ("in_permutation", "out_permutation"):
-            if (order := getattr(table, side)) is not None:
-                tensors[f"{table.name}.{side}"] = order
+        for side in _SIDES:
+            if (values := getattr(table, side)) is not None:
+                tensors[f"{table.name}.{side}"] = values
     for table, sums in zip(part.tables, part.importance, strict=False):
         tensors[f"{table.name}.importance"] = sums
     checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
@@ -325,8 +337,9 @@ def load_scores(path: Path) -> BlockScores | None:
                 tuple(described["tile"]),
                 tuple(described["formats"]),
                 tensors[f"{name}.cost"],
-                tensors.get(f"{name}.in_permutation"),
-                tensors.get(f"{name}.out_permutation"),
+                outliers=described["outliers"],
+                outlier_format=described["outlier_format"],
+                **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
             )
         )
         if f"{name}.importance" in tensors:

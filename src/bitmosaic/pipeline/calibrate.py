@@ -1,13 +1,14 @@
 """calibrate: measure the statistics that allocation needs, block by block.
 
-Forward over all blocks keeping their inputs, then backward from the last block to the first.  A
-block's statistics are complete when its turn ends and are written at once; the gradient that goes
-on to the block before is written with them, so an interrupted run goes on where it stopped.
+Forward over all blocks keeping their inputs, then backward from the last block to the first; where
+no statistic is of gradients, forward alone.  A block's statistics are complete when its turn ends
+and are written at once, those of inputs and those of gradients in a file each; the gradient that
+goes on to the block before is written with them, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,19 @@ from bitmosaic.pipeline.common import (
     Track,
     block_file,
     claim,
+    observe_inputs,
     quiet,
     read_json,
+    structures,
     tokens_digest,
     warn_unreached,
 )
 
 MANIFEST = "statistics.json"
+KINDS = {"input": "inputs", "gradient": "block"}
+"""How a block's file is called, by what its statistics observe."""
+EVERY = ("activation", "pivots", "fisher")
+"""The statistics of the original model that methods may ask for."""
 _GRADIENTS = "gradients.safetensors"
 DEFAULT_MEMORY_CAP = 256 * 2**20
 """Bytes of block inputs kept in memory; beyond it they go to files."""
@@ -51,16 +58,17 @@ class Statistics:
                 f"{directory} must hold {MANIFEST}. Make statistics with `bitmosaic calibrate`."
             )
         manifest = read_json(path)
-        missing = [
-            index
-            for index in range(manifest["blocks"])
-            if not block_file(directory, index).is_file()
-        ]
-        if missing:
-            raise FileNotFoundError(
-                f"{directory} must hold statistics of all {manifest['blocks']} blocks, but "
-                f"{len(missing)} are missing. Run the same `bitmosaic calibrate` to finish."
-            )
+        for kind in _by_kind(manifest["statistics"]):
+            missing = [
+                index
+                for index in range(manifest["blocks"])
+                if not block_file(directory, index, kind).is_file()
+            ]
+            if missing:
+                raise FileNotFoundError(
+                    f"{directory} must hold statistics of all {manifest['blocks']} blocks, but "
+                    f"{len(missing)} are missing. Run the same `bitmosaic calibrate` to finish."
+                )
         return cls(directory, manifest)
 
     def check_model(self, source: Source) -> None:
@@ -74,10 +82,11 @@ class Statistics:
     def read(self, index: int, statistic: str, part: str = "") -> dict[str, Tensor]:
         """Read one statistic of all layers of a block: name relative to the block -> tensor.
 
-        `part` may be ``rows`` or ``columns``: the float64 sums of a [out, in] statistic.
+        `part` is a field of a statistic that has several, or ``rows`` or ``columns``: the float64
+        sums of a [out, in] one.
         """
         suffix = f".{statistic}" + (f".{part}" if part else "")
-        path = block_file(self.directory, index)
+        path = block_file(self.directory, index, KINDS[statistics.get(statistic).observes])
         names = [name for name in checkpoint.read_entries(path) if name.endswith(suffix)]
         tensors, _ = checkpoint.read_tensors(path, names)
         return {name.removesuffix(suffix): tensor for name, tensor in tensors.items()}
@@ -88,7 +97,7 @@ def calibrate(
     tokens: Tensor,
     directory: Path,
     *,
-    names: Sequence[str] = ("fisher",),
+    names: Sequence[str] = EVERY,
     memory_cap: int = DEFAULT_MEMORY_CAP,
     track: Track = quiet,
     text: Any = "",
@@ -99,10 +108,10 @@ def calibrate(
     `text` (plain JSON: digest, sketch) is kept in the manifest, for evaluation to compare with.
     """
     for name in names:
-        if statistics.get(name).observes != "gradient":
+        if statistics.get(name).sequential:
             raise ValueError(
-                f"statistics must be measured from gradients here, not {name!r}. "
-                "Statistics of inputs are measured while quantizing."
+                f"statistics must be of the original model here, not {name!r}. "
+                "It is measured while quantizing, on what is quantized already."
             )
     identity = {
         "version": 1,
@@ -115,27 +124,70 @@ def calibrate(
         "text": text,
     }
     claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
-    last = _unfinished(directory, len(source.block_names))
-    if last >= 0:
+    kinds = _by_kind(names)
+    last = {kind: _unfinished(directory, len(source.block_names), kind) for kind in kinds}
+    if max(last.values(), default=-1) >= 0:
         with Sweep(source, tokens, memory_cap=memory_cap, directory=directory) as sweep:
-            _sweep(source, sweep, directory, names, last, track)
+            if KINDS["gradient"] in kinds:
+                _sweep(source, sweep, directory, kinds, last[KINDS["gradient"]], track)
+            else:
+                sweep.embed()
+                _forward(source, sweep, directory, kinds, sweep.block_count, track)
     (directory / _GRADIENTS).unlink(missing_ok=True)
     return Statistics.open(directory)
 
 
-def _unfinished(directory: Path, count: int) -> int:
+def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
+    """Sort statistics by the file that they go to."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(KINDS[statistics.get(name).observes], []).append(name)
+    return kinds
+
+
+def _unfinished(directory: Path, count: int, kind: str) -> int:
     """Return the last block without statistics; -1 when all have them."""
     index = count - 1
-    while index >= 0 and block_file(directory, index).is_file():
+    while index >= 0 and block_file(directory, index, kind).is_file():
         index -= 1
     return index
+
+
+def _forward(
+    source: Source,
+    sweep: Sweep,
+    directory: Path,
+    kinds: Mapping[str, Sequence[str]],
+    stop: int,
+    track: Track,
+) -> None:
+    """Run the blocks before `stop`, measuring the inputs of those that have no such file yet."""
+    keep = KINDS["gradient"] in kinds
+    wanted = kinds.get(KINDS["input"], ())
+    for index in track(range(stop), "forward", stop):
+        block = source.load_block(index)
+        path = block_file(directory, index, KINDS["input"])
+        if not wanted or path.is_file():
+            sweep.forward(index, block, keep_inputs=keep)
+            continue
+        found = structures(source).of(index, block)
+        sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
+        measured: dict[str, Tensor] = {}
+        for group in found.inputs:
+            for name, statistic in sums[group.linears[0]].items():
+                value = statistic.value()
+                parts = {"": value} if isinstance(value, Tensor) else vars(value)
+                for part, tensor in parts.items():
+                    key = f"{name}.{part}" if part else name
+                    measured |= {f"{layer}.{key}": tensor for layer in group.linears}
+        checkpoint.write_tensors(path, measured)
 
 
 def _sweep(
     source: Source,
     sweep: Sweep,
     directory: Path,
-    names: Sequence[str],
+    kinds: Mapping[str, Sequence[str]],
     last: int,
     track: Track,
 ) -> None:
@@ -143,31 +195,35 @@ def _sweep(
     resumed = last < sweep.block_count - 1
     sweep.embed()
     # A resumed run needs the inputs up to the block it goes on with; a fresh one also the outputs.
-    forward = range(last if resumed else sweep.block_count)
-    for index in track(forward, "forward", len(forward)):
-        sweep.forward(index, source.load_block(index))
+    forward = last if resumed else sweep.block_count
+    _forward(source, sweep, directory, kinds, forward, track)
     if resumed:
         state, _ = checkpoint.read_tensors(saved)
         # The gradient of an earlier step is left if the run stopped between the two writes below:
         # then the step whose statistics exist is repeated for its gradient alone.
         sweep.gradients = state
         last = int(state["index"]) - 1
-        for index in range(len(forward), last):
+        for index in range(forward, last):
             sweep.forward(index, source.load_block(index))
     else:
         sweep.loss_gradients()
         checkpoint.write_tensors(saved, sweep.gradients)
     for index in track(range(last, -1, -1), "backward", last + 1):
         block = source.load_block(index)
-        measured = _backward(index, sweep, block, names)
+        measured, unreached = _backward(index, sweep, block, kinds[KINDS["gradient"]])
+        if KINDS["input"] not in kinds:  # else it was said when its inputs were measured
+            warn_unreached(source.block_names[index], unreached)
         checkpoint.write_tensors(block_file(directory, index), measured)
         checkpoint.write_tensors(saved, sweep.gradients)
 
 
 def _backward(
     index: int, sweep: Sweep, block: nn.Module, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """Take the gradients through one block and return its finished statistics."""
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Take the gradients through one block.
+
+    Returns its finished statistics, and the matrices that no token reached.
+    """
     sums = {
         (name, layer): statistics.get(name)(tuple(linear.weight.shape))
         for layer, linear in linears(block).items()
@@ -182,11 +238,11 @@ def _backward(
             sums[name, layer].update(gradient)
 
     sweep.backward(index, block, collect)
-    warn_unreached(sweep.source.block_names[index], {layer for _, layer in sums} - reached)
+    unreached = {layer for _, layer in sums} - reached
     measured: dict[str, Tensor] = {}
     for name, layer in list(sums):
         value = sums.pop((name, layer)).value()
         measured[f"{layer}.{name}"] = value
         measured[f"{layer}.{name}.rows"] = value.sum(1, dtype=torch.float64)
         measured[f"{layer}.{name}.columns"] = value.sum(0, dtype=torch.float64)
-    return measured
+    return measured, unreached

@@ -6,17 +6,19 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint
+from bitmosaic import checkpoint, statistics
+from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, signature, structure
 from bitmosaic.model.sweep import Sweep
+from bitmosaic.statistics import Statistic
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +130,44 @@ def warn_unreached(block: str, names: Iterable[str]) -> None:
         )
 
 
-def block_file(directory: Path, index: int) -> Path:
+def observe_inputs(
+    sweep: Sweep,
+    index: int,
+    block: nn.Module,
+    found: Structure,
+    names: Sequence[str],
+    *,
+    keep_inputs: bool = True,
+) -> dict[str, dict[str, Statistic[Any]]]:
+    """Run a block on all samples and measure statistics of its inputs, each input once.
+
+    Returns the statistics by the first of the matrices that read an input.
+    """
+    sums: dict[str, dict[str, Statistic[Any]]] = {}
+    observe: dict[str, Callable[[int, Tensor], None]] = {}
+    matrices = linears(block)
+    reached: set[str] = set()
+    for group in found.inputs:
+        first = group.linears[0]
+        shape = tuple(matrices[first].weight.shape)
+        sums[first] = {name: statistics.get(name)(shape) for name in names}
+
+        def update(
+            _: int, inputs: Tensor, name: str = first, parts: dict[str, Any] = sums[first]
+        ) -> None:
+            reached.add(name)
+            for part in parts.values():
+                part.update(inputs)
+
+        observe[first] = update
+    sweep.forward(index, block, observe=observe, keep_inputs=keep_inputs)
+    warn_unreached(sweep.source.block_names[index], sums.keys() - reached)
+    return sums
+
+
+def block_file(directory: Path, index: int, kind: str = "block") -> Path:
     """Name the file of one block."""
-    return directory / f"block-{index:05d}.safetensors"
+    return directory / f"{kind}-{index:05d}.safetensors"
 
 
 def blocks(source: Source, track: Track, description: str) -> Iterator[int]:

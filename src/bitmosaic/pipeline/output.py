@@ -27,7 +27,13 @@ from bitmosaic.checkpoint import Entry
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.model.inventory import embedding_modules, plain_entries, tensor_bytes
 from bitmosaic.model.source import Source
-from bitmosaic.tensor import QuantizedTensor, drop_unused, map_bits
+from bitmosaic.tensor import (
+    OUTLIER_DTYPES,
+    QuantizedTensor,
+    drop_unused,
+    index_dtype,
+    map_bits,
+)
 from bitmosaic.tiling import sections
 
 SHARD_BYTES = 5 * 10**9
@@ -133,7 +139,10 @@ class OutputPlan:
     def _largest(self, tables: Sequence[TileCosts]) -> int:
         """Bytes of the output with every tile in its largest format."""
         widest = {
-            table.name: table.plan(table.bytes().argmax(0).to(torch.uint8)) for table in tables
+            table.name: table.plan(
+                table.bytes().masked_fill(~table.allowed, -1).argmax(0).to(torch.uint8)
+            )
+            for table in tables
         }
         return self.total_bytes(widest)
 
@@ -179,8 +188,16 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
     found = [Entry(f"{name}.{key}", torch.uint8, (size,)) for key, size in sizes.items() if size]
     for side, length in (("in_permutation", 1), ("out_permutation", 0)):
         if getattr(layer, side) is not None:
-            dtype = torch.uint16 if layer.shape[length] <= 1 << 16 else torch.int32
+            dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
+    if layer.outliers:
+        rows, width = layer.shape
+        count = (layer.outliers,)
+        found += [
+            Entry(f"{name}.outlier_values", OUTLIER_DTYPES[layer.outlier_format], count),
+            Entry(f"{name}.outlier_columns", index_dtype(width), count),
+            Entry(f"{name}.outlier_counts", index_dtype(width + 1), (rows,)),
+        ]
     return found
 
 
@@ -259,6 +276,7 @@ def _write_config(plan: OutputPlan, allocation: Allocation, directory: Path) -> 
             used,
             in_permutation=layer.in_permutation is not None,
             out_permutation=layer.out_permutation is not None,
+            outlier_format=layer.outlier_format if layer.outliers else None,
         )
     config["quantization_config"] = {
         "quant_method": checkpoint.QUANT_METHOD,

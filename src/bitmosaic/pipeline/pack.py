@@ -6,14 +6,12 @@ is measured on what the already quantized blocks before it give.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, statistics
+from bitmosaic import checkpoint
 from bitmosaic.allocation import Allocation, LayerAllocation
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import LayerStatistics
@@ -30,8 +28,8 @@ from bitmosaic.pipeline.common import (
     Track,
     block_file,
     blocks,
+    observe_inputs,
     structures,
-    warn_unreached,
 )
 from bitmosaic.pipeline.output import OutputPlan, pack_rest
 from bitmosaic.tensor import QuantizedTensor
@@ -173,6 +171,7 @@ class Packer:
                 layer.formats,
                 in_permutation=layer.in_permutation is not None,
                 out_permutation=layer.out_permutation is not None,
+                outlier_format=layer.outlier_format if layer.outliers else None,
             )
             tensor = checkpoint.assemble(full, described, arrays)
             linear.weight.data.copy_(tensor.dequantize())
@@ -186,25 +185,7 @@ def _measure(
     method: Method, sweep: Sweep, index: int, block: nn.Module, found: Structure
 ) -> dict[str, LayerStatistics]:
     """Measure the statistics of a block's inputs, once for all consumers of an input."""
-    sums: dict[str, dict[str, Any]] = {}
-    observe: dict[str, Callable[[int, Tensor], None]] = {}
-    matrices = linears(block)
-    reached: set[str] = set()
-    for group in found.inputs:
-        first = group.linears[0]
-        shape = tuple(matrices[first].weight.shape)
-        sums[first] = {name: statistics.get(name)(shape) for name in method.block_statistics}
-
-        def update(
-            _: int, inputs: Tensor, name: str = first, parts: dict[str, Any] = sums[first]
-        ) -> None:
-            reached.add(name)
-            for part in parts.values():
-                part.update(inputs)
-
-        observe[first] = update
-    sweep.forward(index, block, observe=observe)
-    warn_unreached(sweep.source.block_names[index], sums.keys() - reached)
+    sums = observe_inputs(sweep, index, block, found, method.block_statistics)
     measured: dict[str, LayerStatistics] = {}
     for group in found.inputs:
         parts = sums.pop(group.linears[0])

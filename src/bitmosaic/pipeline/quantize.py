@@ -87,6 +87,8 @@ def quantize(
         _check_allocation(source, allocation)
     elif budget is not None:
         check_budget(source, method, budget, plan)
+    if not (method.block_statistics or _calibrates(method, allocation, statistics_directory)):
+        tokens = None  # of no influence: a run is the same with and without them
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = _prepare_directories(output, options.overwrite, identity)
     claim(work, RUN, identity, "Use --overwrite to start again.")
@@ -132,13 +134,20 @@ def _check_request(
             "--allocation."
         )
     measures = bool(method.block_statistics)
-    calibrates = allocation is None and method.statistics and statistics_directory is None
+    calibrates = _calibrates(method, allocation, statistics_directory)
     if (measures or calibrates) and tokens is None:
         why = ", ".join((*method.block_statistics, *(method.statistics if calibrates else ())))
         raise ValueError(
             f"method {method.name} must have calibration text, to measure {why}. "
             "Give --calibration; with finished statistics, --base nearest needs none."
         )
+
+
+def _calibrates(
+    method: Method, allocation: Allocation | None, statistics_directory: Path | None
+) -> bool:
+    """Whether the run measures the statistics that allocation needs."""
+    return allocation is None and bool(method.statistics) and statistics_directory is None
 
 
 def _check_allocation(source: Source, allocation: Allocation) -> None:
@@ -216,8 +225,11 @@ def _allocation_digest(allocation: Allocation) -> str:
     orders: list[tuple[str, Tensor | None]] = [("residual", allocation.residual)]
     orders += sorted(allocation.ties.items())
     for name, layer in sorted(allocation.layers.items()):
-        content.update(json.dumps([name, layer.shape, layer.tile, layer.formats]).encode())
+        facts = [name, layer.shape, layer.tile, layer.formats, layer.outliers, layer.outlier_format]
+        content.update(json.dumps(facts).encode())
         content.update(layer.tile_map.numpy().tobytes())
+        for values in (layer.in_importance, layer.out_importance):
+            content.update(b"" if values is None else values.numpy().tobytes())
         orders += [(f"{name}.in", layer.in_permutation), (f"{name}.out", layer.out_permutation)]
     for name, order in orders:
         content.update(name.encode())

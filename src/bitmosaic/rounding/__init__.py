@@ -6,7 +6,13 @@ method can combine them.
 
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale
 from bitmosaic.rounding.compensated import compensated, compensation_factor
-from bitmosaic.rounding.nearest import encode_nearest, nearest, output_error, tile_errors
+from bitmosaic.rounding.nearest import (
+    encode_nearest,
+    nearest,
+    nearest_kept,
+    output_error,
+    tile_errors,
+)
 
 __all__ = [
     "CLIP_SHRINKS",
@@ -17,6 +23,7 @@ __all__ = [
     "compensation_factor",
     "encode_nearest",
     "nearest",
+    "nearest_kept",
     "output_error",
     "tile_errors",
 ]

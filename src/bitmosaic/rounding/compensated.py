@@ -13,14 +13,22 @@ import functools
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
-from bitmosaic.tensor import QuantizedTensor, pack_encoded
+from bitmosaic.rounding.learned import LearnedGrids
+from bitmosaic.tensor import (
+    OUTLIER_DTYPES,
+    QuantizedTensor,
+    invert,
+    pack_encoded,
+    permute,
+    with_outliers,
+)
 from bitmosaic.tiling import Section
 
 
@@ -85,6 +93,7 @@ def compensated(
     damping: float = 0.01,
     act_order: bool = False,
     static_groups: bool = False,
+    outliers: Bool[Tensor, "out in"] | None = None,
     name: str = "hessian",
 ) -> QuantizedTensor:
     """Round column by column, moving each column's error onto the columns not yet rounded (GPTQ).
@@ -94,12 +103,16 @@ def compensated(
     falling diagonal of H; then groups must be fitted beforehand (`static_groups`), or the tiles'
     columns themselves must already be stored in that order.  A group's parameters are fitted when
     its first column is reached, from the weights as compensated so far; with static groups, from
-    the original weights.
+    the original weights.  A learned grid is fitted on the original weights of its tile, weighted by
+    the layer's `out_importance`; unless groups are static it then follows the compensated ones.
+
+    `outliers` marks weights that are kept: each at the value it has come to at its column.
     """
-    if act_order and not static_groups:
+    if act_order and not static_groups and layer.tile[1] > 1:
         raise ValueError(
-            "act_order must go with static_groups, or with columns stored in that order "
-            "(in_permutation), since a group's columns are visited apart otherwise."
+            "act_order must go with static_groups, with tiles one column wide, or with columns "
+            "stored in that order (in_permutation), since a group's columns are visited apart "
+            "otherwise."
         )
     stored = hessian
     if layer.in_permutation is not None:
@@ -109,11 +122,17 @@ def compensated(
         visit = torch.argsort(stored.diagonal(), descending=True, stable=True)
         stored = stored[visit][:, visit]
     factor = compensation_factor(stored, damping, name)
-    rows = weight if layer.out_permutation is None else weight[layer.out_permutation]
-    ordered = rows if layer.in_permutation is None else rows[:, layer.in_permutation]
-    sweep = _Sweep(ordered, layer, visit, factor, static_groups)
+    orders = (layer.out_permutation, layer.in_permutation)
+    kept = None if outliers is None else permute(outliers, *orders)
+    sweep = _Sweep(permute(weight, *orders), layer, visit, factor, static_groups, kept)
     sweep.run()
-    return sweep.pack()
+    tensor = sweep.pack()
+    if outliers is None:
+        return tensor
+    inverse = [None if order is None else invert(order) for order in orders]
+    return with_outliers(
+        tensor, permute(sweep.reached_values(), *inverse), outliers, layer.outlier_format
+    )
 
 
 _LEAF, _ALIGNED = 32, 128
@@ -137,8 +156,10 @@ class _Sweep:
         visit: Tensor,
         factor: Tensor,
         static_groups: bool,
+        kept: Tensor | None,
     ) -> None:
         self.layer, self.factor, self.static = layer, factor, static_groups
+        self.kept = None if kept is None else kept.t().contiguous()
         self.visit = visit.tolist()
         self.largest = largest_magnitude(ordered)
         chosen = tuple(formats.get(each) for each in layer.formats)
@@ -151,7 +172,10 @@ class _Sweep:
         self.codes = torch.empty(
             self.columns.shape, dtype=torch.uint8 if widest <= 8 else torch.int32
         )
-        self.groups = _Groups(layer, chosen, scales, self.columns.shape[1])
+        learned = LearnedGrids(layer, chosen, scales, ordered, _fit_importance(layer, kept))
+        self.groups = _Groups(
+            layer, chosen, scales, self.columns.shape[1], learned, not static_groups
+        )
         if static_groups:
             for column in range(transposed.shape[0]):
                 self.groups.enter(column, lambda part: transposed[part])
@@ -182,7 +206,11 @@ class _Sweep:
             stored = self.visit[column]
             if not self.static:
                 self.groups.enter(stored, functools.partial(self._current, column))
+            before = None if self.kept is None else left.clone()
             self.groups.round(stored, value, left, codes[column - start])
+            if self.kept is not None and before is not None:
+                stands = value.to(OUTLIER_DTYPES[self.layer.outlier_format]).to(left.dtype)
+                torch.where(self.kept[stored], before - stands, left, out=left)
         self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
 
     def _current(self, column: int, part: Tensor) -> Tensor:
@@ -206,6 +234,12 @@ class _Sweep:
         )
         return torch.addmm(self.left[start:stop], inverse, moved)
 
+    def reached_values(self) -> Tensor:
+        """Weights as they stood when their column was rounded: [out, in], in stored order."""
+        values = torch.empty_like(self.columns)
+        values[self.visit] = self.columns
+        return values.t()
+
     def pack(self) -> QuantizedTensor:
         """Pack the codes found; the groups' parameters are already rounded to their stored form."""
         codes = self.codes.t().contiguous()
@@ -226,6 +260,16 @@ class _Sweep:
         )
 
 
+def _fit_importance(layer: LayerAllocation, kept: Tensor | None) -> Tensor | None:
+    """What errors cost in the fit of a learned grid, in stored order: nothing where kept."""
+    rows = layer.out_importance
+    if rows is None and kept is None:
+        return None
+    rows = torch.ones(layer.shape[0]) if rows is None else rows
+    spread = permute(rows[:, None], layer.out_permutation, None).expand(layer.shape)
+    return spread if kept is None else spread.masked_fill(kept, 0.0)
+
+
 def _in_order(visit: Tensor) -> bool:
     """Whether columns are visited in the order in which they are stored."""
     return bool((visit[1:] > visit[:-1]).all())
@@ -243,13 +287,11 @@ class _Groups:
         chosen: tuple[Format, ...],
         scales: list[float],
         rows: int,
+        learned: LearnedGrids,
+        follow: bool,
     ) -> None:
-        if any(fmt.learned_grid for fmt in chosen):
-            raise formats.UnsupportedError(
-                "compensated rounding must have formats with fixed grids, not "
-                f"{', '.join(layer.formats)}. Use nearest rounding for learned grids."
-            )
         self.formats, self.tensor_scales = chosen, scales
+        self.learned, self.follow = learned, follow
         tile_rows, self.tile_columns = layer.tile
         self.width = layer.shape[1]
         self.sizes = [fmt.group or self.tile_columns for fmt in chosen]
@@ -284,6 +326,8 @@ class _Groups:
         if offset not in self.starts:
             return
         end = min((tile_column + 1) * self.tile_columns, self.width)
+        if offset == 0 and self.follow:
+            self.learned.adapt(tile_column, torch.arange(stored, end), read)
         value = torch.empty(0, 0)
         for index, rows in self.members(tile_column):
             fmt, size = self.formats[index], self.sizes[index]
@@ -313,6 +357,9 @@ class _Groups:
             left.addcmul_(codes - zero_point, scale, value=-1)
             return
         for index, rows in members:
+            if index in self.learned:
+                self.learned.round(index, tile_column, value, left, codes)
+                continue
             fmt = self.formats[index]
             place = (tile_column, offset // self.sizes[index], rows)
             tensor_scale = self.tensor_scales[index]
@@ -324,6 +371,8 @@ class _Groups:
 
     def recall(self, section: Section) -> Parameters:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""
+        if section.format.learned_grid is not None:
+            return self.learned.recall(self.formats.index(section.format), section)
         first_row = section.row_start
         first_column = section.column_start // self.tile_columns
         tall, wide = section.picked.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from bitmosaic.allocation import LayerAllocation
@@ -28,6 +28,36 @@ def nearest(
         importance=importance,
         in_permutation=layer.in_permutation,
         out_permutation=layer.out_permutation,
+    )
+
+
+def nearest_kept(
+    weight: Float[Tensor, "out in"],
+    layer: LayerAllocation,
+    outliers: Bool[Tensor, "out in"] | None,
+) -> QuantizedTensor:
+    """Round to nearest but for marked weights, which are kept and have no part in any fit.
+
+    Learned grids are weighted by the layer's `out_importance`.
+    """
+    importance = None
+    if layer.out_importance is not None or outliers is not None:
+        rows = layer.out_importance
+        importance = torch.ones(layer.shape[0]) if rows is None else rows
+        importance = importance[:, None].expand(layer.shape)
+        if outliers is not None:
+            importance = importance.masked_fill(outliers, 0.0)
+    return pack(
+        weight,
+        layer.tile,
+        layer.tile_map,
+        layer.formats,
+        encode_nearest,
+        importance=importance,
+        in_permutation=layer.in_permutation,
+        out_permutation=layer.out_permutation,
+        outliers=outliers,
+        outlier_format=layer.outlier_format,
     )
 
 
@@ -66,8 +96,12 @@ def tile_errors(
     importance: Float[Tensor, "out in"],
     tile: tuple[int, int],
     fmt: Format,
+    fit_importance: Float[Tensor, "out in"] | None = None,
 ) -> Float64[Tensor, "tiles_out tiles_in"]:
-    """Sum importance times squared error of nearest rounding over each tile."""
+    """Sum importance times squared error of nearest rounding over each tile.
+
+    `fit_importance` weighs errors in the fit of a learned grid.
+    """
     shape = (weight.shape[0], weight.shape[1])
     scale = fmt.tensor_scale(largest_magnitude(weight))
     errors = torch.zeros(grid_shape(shape, tile), dtype=torch.float64)
@@ -75,7 +109,8 @@ def tile_errors(
     for section in sections(shape, tile, (fmt,), everywhere):
         for part in section.chunks():
             tiles = part.gather(weight).to(torch.float32)
-            codes, parameters = encode_nearest(part, tiles / scale)
+            mass = None if fit_importance is None else part.gather(fit_importance)
+            codes, parameters = encode_nearest(part, tiles / scale, mass)
             value = part.ungroup(fmt.decode(codes, parameters)) * scale
             square = value.sub_(tiles).square_().mul_(part.gather(importance))
             first, left = part.row_start // tile[0], part.column_start // tile[1]
