@@ -68,6 +68,10 @@ bool is_grid_of(const std::vector<float>& grid, Decode decode) {
 
 }  // namespace
 
+uint8_t Grid::code(size_t code) const {
+    return static_cast<uint8_t>(128 + std::nearbyint(values[code] / step));
+}
+
 uint32_t Grids::add(std::vector<float> values, int bits) {
     const std::string key(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
     const auto found = index_of_.find(key);
@@ -86,7 +90,7 @@ uint32_t Grids::small_table(uint32_t index) {
     std::fill(std::begin(table.code), std::end(table.code), 128);
     for (size_t code = 0; code < grid.values.size(); ++code) {
         table.value[code] = grid.values[code];
-        table.code[code] = static_cast<uint8_t>(128 + std::nearbyint(grid.values[code] / grid.step));
+        table.code[code] = grid.code(code);
     }
     small_tables.push_back(table);
     return grid.small = static_cast<int>(small_tables.size() - 1);

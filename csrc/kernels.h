@@ -13,11 +13,17 @@
 // with z the zero point (half of what is stored for 1-bit affine, 128 for tables, whose codes are
 // SmallTable::code), starting from y = 0, cells in stored order.
 //
+// The columns of a channel-wise matrix have steps of their own, which the activations take over: what is
+// rounded to q, for all of its columns alike, is x * Matrix::channel_scale, rounded to float. So a channel_table
+// cell has codes out of Matrix::channel_codes, z = 128, and nothing left to multiply by:
+//
+//   y      = fma(t, activation_scale, y)
+//
 // Float results (exact mode, column kinds) keep that order of cells and are the same at every thread count
 // and batch, but levels may differ in the order in which a cell is added up:
 //
 //   acc    = sum over the cell's columns of (grid[code] - z) * x
-//   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1)
+//   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1; no header: scale is)
 //
 // The zero point leaves each code first: z * sum(x) taken from the sum of code * x afterwards would
 // cancel most of it.

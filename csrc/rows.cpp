@@ -25,7 +25,7 @@ void decode(const Matrix& m, uint32_t row, float* values) {
         const Run& run = m.run[r];
         for (uint32_t i = 0; i < run.cells; ++i, ++cell) {
             const Segment segment = m.segment[cell->segment];
-            const float scale = scale_of(bytes, lane);
+            const float scale = scale_of(bytes, run.kind, lane);
             for (uint32_t column = 0; column < segment.length; ++column) {
                 const uint32_t stored = segment.start + column;
                 const float value = cell_value(m, run, *cell, bytes, lane, static_cast<int>(column));

@@ -34,7 +34,11 @@ static void with_quad(const Run& run, Use use) {
         use_as<Kind::table, 1, Use>, use_as<Kind::table, 2, Use>,
         use_as<Kind::table, 3, Use>, use_as<Kind::table, 4, Use>,
     };
-    (run.kind == Kind::affine ? affine : table)[run.bits - 1](use);
+    static constexpr Call channels[] = {
+        use_as<Kind::channel_table, 1, Use>, use_as<Kind::channel_table, 2, Use>,
+        use_as<Kind::channel_table, 3, Use>, use_as<Kind::channel_table, 4, Use>,
+    };
+    (run.kind == Kind::affine ? affine : run.kind == Kind::table ? table : channels)[run.bits - 1](use);
 }
 
 // The same for all kinds.
@@ -42,8 +46,10 @@ template <class Use>
 static void with_kind(const Run& run, Use use) {
     switch (run.kind) {
         case Kind::affine:
-        case Kind::table: return with_quad(run, use);
+        case Kind::table:
+        case Kind::channel_table: return with_quad(run, use);
         case Kind::wide_table: return use_as<Kind::wide_table, 8>(use);
+        case Kind::wide_channel_table: return use_as<Kind::wide_channel_table, 8>(use);
         case Kind::half: return use_as<Kind::half, 16>(use);
         case Kind::bfloat: return use_as<Kind::bfloat, 16>(use);
         case Kind::single: return use_as<Kind::single, 32>(use);
