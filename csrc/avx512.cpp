@@ -1,18 +1,24 @@
-// The AVX-512 level (F, BW, VL, DQ, VNNI): walks the runs of a panel, rounds activations, spreads planes.
+// The AVX-512 levels (F, BW, VL, DQ, VNNI; and VBMI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx512.h"
 
 namespace bitmosaic {
 namespace avx512 {
 namespace {
 
+template <bool vbmi>
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
     const bool alone = m.panel[p + 1].run - m.panel[p].run == 1;
     each_run(
         m, p, count, pass,
         [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
-        [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
-        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
+        [&](const Run& run, Place& place) {
+            if (run.kind == Kind::channel_table)
+                one_token_channels(m, run, vbmi, place, a, first, y);
+            else
+                one_token_run(m, run, alone, place, a, first, y);
+        },
+        [&](const Run& run, Place& place) { tokens_run(m, run, vbmi, place, a, first, count, y, scratch); });
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -66,7 +72,12 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes};
+    static const Level level{"avx512", avx512::quantize, avx512::panel<false>, avx512::unpack_planes};
+    return &level;
+}
+
+const Level* avx512vbmi_level() {
+    static const Level level{"avx512vbmi", avx512::quantize, avx512::panel<true>, avx512::unpack_planes};
     return &level;
 }
 

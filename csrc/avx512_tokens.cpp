@@ -129,7 +129,18 @@ void unpack(const uint8_t* codes, int length, const SmallTable* table, uint8_t* 
     }
 }
 
-template <Kind kind, int bits>
+// The same of a channel_table cell: the tables of the fill make 0 of it.
+template <int bits, bool vbmi>
+void unpack_channels(const uint8_t* codes, int length, const uint8_t* tables, uint8_t* out) {
+    for (int pair = 0; pair < quads(length) / 2; ++pair, tables += 2 * quad_table_bytes(bits), out += 512) {
+        __m512i v[8];
+        values_of_pair<bits, vbmi>(codes, pair, tables, v);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) _mm512_store_si512(out + 64 * i, v[i]);
+    }
+}
+
+template <Kind kind, int bits, bool vbmi>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
     constexpr bool in_place = kind == Kind::affine && (bits == 8 || bits == 4 || bits == 2);
@@ -139,8 +150,8 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int n = quads(segment.length);
-        const size_t size = kHeader + static_cast<size_t>(n) * 32 * bits;
-        float factor = cell->factor;
+        const size_t size = header_bytes(kind) + static_cast<size_t>(n) * 32 * bits;
+        float factor = kind == Kind::channel_table ? 1.0f : cell->factor;
         const SmallTable* table = nullptr;
         if constexpr (kind == Kind::table) {
             table = m.small_table + cell->table;
@@ -148,15 +159,19 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         }
         Weights w;
         w.codes = bytes + kHeader;
-        if constexpr (!in_place) {
+        if constexpr (kind == Kind::channel_table) {
+            unpack_channels<bits, vbmi>(bytes, static_cast<int>(segment.length),
+                                        m.channel_codes + size_t{64} * cell->table, scratch);
+            w.codes = scratch;
+        } else if constexpr (!in_place) {
             unpack<kind, bits>(bytes + kHeader, static_cast<int>(segment.length), table, scratch);
             w.codes = scratch;
         }
         w.quads = n;
         for (int set = 0; set < 4; ++set) {
-            w.scale[set] = scales_of(bytes, set);
+            w.scale[set] = header_bytes(kind) == 0 ? _mm512_set1_ps(1.0f) : scales_of(bytes, set);
             w.zero_point[set] =
-                kind == Kind::table ? _mm512_set1_ps(128.0f) : zeros_of(bytes, set, bits == 1);
+                kind == Kind::affine ? zeros_of(bytes, set, bits == 1) : _mm512_set1_ps(128.0f);
         }
         // The stream goes on with the next run or panel: a prefetch beyond the end is harmless.
         w.next = bytes + size;
@@ -179,10 +194,17 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
 
 }  // namespace
 
-void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
-                float* y, uint8_t* scratch) {
-    with_quad(run, [&](auto kind, auto bits) {
-        walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+void tokens_run(const Matrix& m, const Run& run, bool vbmi, Place& place, const Activations& a, int first,
+                int count, float* y, uint8_t* scratch) {
+    if (run.kind != Kind::channel_table)
+        return with_quad(run, [&](auto kind, auto bits) {
+            walk<kind, bits, false>(m, run.cells, place, a, first, count, y, scratch);
+        });
+    with_channels(run, [&](auto kind, auto bits) {
+        if (vbmi)
+            walk<kind, bits, true>(m, run.cells, place, a, first, count, y, scratch);
+        else
+            walk<kind, bits, false>(m, run.cells, place, a, first, count, y, scratch);
     });
 }
 

@@ -78,9 +78,10 @@ constexpr size_t kScratch = 64 * 1024;
 const Level& scalar_level();
 const Level* avx2_level();    // null where the build has none
 const Level* avx512_level();
+const Level* avx512vbmi_level();
 
 // The level in use: the best one the CPU has, or the one that BITMOSAIC_CPU_LEVEL names (scalar, avx2,
-// avx512). Throws std::runtime_error naming the variable for a level that is unknown or not there.
+// avx512, avx512vbmi). Throws std::runtime_error naming the variable for a level that is unknown or not there.
 const Level& level();
 
 // Names of the levels that this build and this CPU have, best last.

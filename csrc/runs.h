@@ -21,7 +21,7 @@ static void use_as(Use& use) {
     use(std::integral_constant<Kind, kind>(), std::integral_constant<int, bits>());
 }
 
-// Call use(kind, bits) with the run's, as constants that a template takes. Quad kinds only.
+// Call use(kind, bits) with the run's, as constants that a template takes. Affine cells and small tables.
 template <class Use>
 static void with_quad(const Run& run, Use use) {
     using Call = void (*)(Use&);
@@ -34,11 +34,18 @@ static void with_quad(const Run& run, Use use) {
         use_as<Kind::table, 1, Use>, use_as<Kind::table, 2, Use>,
         use_as<Kind::table, 3, Use>, use_as<Kind::table, 4, Use>,
     };
-    static constexpr Call channels[] = {
+    (run.kind == Kind::affine ? affine : table)[run.bits - 1](use);
+}
+
+// The same for cells with small tables for each column.
+template <class Use>
+static void with_channels(const Run& run, Use use) {
+    using Call = void (*)(Use&);
+    static constexpr Call bits[] = {
         use_as<Kind::channel_table, 1, Use>, use_as<Kind::channel_table, 2, Use>,
         use_as<Kind::channel_table, 3, Use>, use_as<Kind::channel_table, 4, Use>,
     };
-    (run.kind == Kind::affine ? affine : run.kind == Kind::table ? table : channels)[run.bits - 1](use);
+    bits[run.bits - 1](use);
 }
 
 // The same for all kinds.
@@ -46,8 +53,8 @@ template <class Use>
 static void with_kind(const Run& run, Use use) {
     switch (run.kind) {
         case Kind::affine:
-        case Kind::table:
-        case Kind::channel_table: return with_quad(run, use);
+        case Kind::table: return with_quad(run, use);
+        case Kind::channel_table: return with_channels(run, use);
         case Kind::wide_table: return use_as<Kind::wide_table, 8>(use);
         case Kind::wide_channel_table: return use_as<Kind::wide_channel_table, 8>(use);
         case Kind::half: return use_as<Kind::half, 16>(use);
