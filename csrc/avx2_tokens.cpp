@@ -145,15 +145,29 @@ void unpack(const uint8_t* codes, int length, const Lookup& lookup, uint8_t* out
     }
 }
 
+// The same of a channel_table cell: the tables of the fill make 0 of it.
+template <int bits>
+void unpack_channels(const uint8_t* codes, int length, const uint8_t* tables, uint8_t* out) {
+    const __m256i as_it_is = _mm256_setzero_si256();
+    for (int pair = 0; pair < quads(length) / 2; ++pair, codes += 64 * bits, out += 512) {
+        const QuadTables<bits> table[2] = {{tables, as_it_is}, {tables + quad_table_bytes(bits), as_it_is}};
+        fields<bits>(codes, [&](int quad, int vector, __m256i f) {
+            store(out + 256 * quad + 32 * vector, table[quad].values(f));
+        });
+        tables += 2 * quad_table_bytes(bits);
+    }
+}
+
 template <Kind kind, int bits>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
-    const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int n = quads(segment.length);
-        float factor = cell->factor;
+        const size_t size = cell_bytes(kind, bits, segment.length);
+        const uint8_t* bytes = place.bytes + place.index * size;
+        float factor = kind == Kind::channel_table ? 1.0f : cell->factor;
         Lookup values = kPlain<bits>;
         if constexpr (kind == Kind::table) {
             const SmallTable& table = m.small_table[cell->table];
@@ -162,18 +176,21 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         }
         Weights w;
         w.codes = bytes + kHeader;
-        if constexpr (bits != 8) {
+        if constexpr (kind == Kind::channel_table) {
+            unpack_channels<bits>(bytes, static_cast<int>(segment.length),
+                                  m.channel_codes + size_t{64} * cell->table, scratch);
+            w.codes = scratch;
+        } else if constexpr (bits != 8) {
             unpack<kind, bits>(bytes + kHeader, static_cast<int>(segment.length), values, scratch);
             w.codes = scratch;
         }
         w.quads = n;
         // The stream goes on with the next run or panel: a prefetch beyond the end is harmless.
-        const size_t size = kHeader + static_cast<size_t>(n) * 32 * bits;
-        w.next = bytes + size + kAhead;
+        w.next = bytes + place.abreast * size + kAhead;
         w.lines = (static_cast<int>(size) / kLine + 3) / 4;
         for (int i = 0; i < kVectors; ++i) {
-            w.scale[i] = scales_of(bytes, i);
-            w.zero_point[i] = kind == Kind::table ? _mm256_set1_ps(128.0f) : zeros_of(bytes, i, bits == 1);
+            w.scale[i] = header_bytes(kind) == 0 ? _mm256_set1_ps(1.0f) : scales_of(bytes, i);
+            w.zero_point[i] = kind == Kind::affine ? zeros_of(bytes, i, bits == 1) : _mm256_set1_ps(128.0f);
         }
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
         const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
@@ -182,18 +199,22 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         for (int t = 0; t < count; t += kTokens, w.lines = 0)
             kTiles<width>[std::min(count - t, kTokens) - 1](w, q + t * kBlock, a.scale + entry + t, sum + t,
                                                             factor, y + t * kRows);
-        bytes += size;
+        place.bytes += place.abreast * size;
     }
-    place = {bytes, cell};
+    place.cell = cell;
 }
 
 }  // namespace
 
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch) {
-    with_quad(run, [&](auto kind, auto bits) {
+    const auto use = [&](auto kind, auto bits) {
         walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
-    });
+    };
+    if (run.kind == Kind::channel_table)
+        with_channels(run, use);
+    else
+        with_quad(run, use);
 }
 
 }  // namespace bitmosaic::avx2

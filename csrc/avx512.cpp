@@ -12,13 +12,26 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
     each_run(
         m, p, count, pass,
         [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
-        [&](const Run& run, Place& place) {
-            if (run.kind == Kind::channel_table)
-                one_token_channels(m, run, vbmi, place, a, first, y);
-            else
-                one_token_run(m, run, alone, place, a, first, y);
-        },
+        [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
         [&](const Run& run, Place& place) { tokens_run(m, run, vbmi, place, a, first, count, y, scratch); });
+}
+
+template <bool vbmi>
+void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
+            float* y, uint8_t* scratch) {
+    each_panel(
+        m, begin, end, count, pass, y,
+        [&](uint32_t p, float* own) { panel<vbmi>(m, p, a, first, count, pass, own, scratch); },
+        [&](uint32_t p, int abreast, float* own) {
+            each_run_abreast(
+                m, p, abreast,
+                [&](const Run& run, Place& place, int panel) {
+                    float_run(m, run, place, a, first, 1, own + panel * kRows, scratch);
+                },
+                [&](const Run& run, Place& place, int panels) {
+                    one_token_channels(m, run, vbmi, place, panels, a, first, own);
+                });
+        });
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -72,12 +85,12 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panel<false>, avx512::unpack_planes};
+    static const Level level{"avx512", avx512::quantize, avx512::panels<false>, avx512::unpack_planes};
     return &level;
 }
 
 const Level* avx512vbmi_level() {
-    static const Level level{"avx512vbmi", avx512::quantize, avx512::panel<true>, avx512::unpack_planes};
+    static const Level level{"avx512vbmi", avx512::quantize, avx512::panels<true>, avx512::unpack_planes};
     return &level;
 }
 

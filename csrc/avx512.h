@@ -158,7 +158,7 @@ BITMOSAIC_INLINE void codes_of_pair(const uint8_t* codes, int quads, int pair, _
 // `alone`: the panel has no other run. `vbmi`: the CPU has that set of instructions too.
 void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,
                    float* y);
-void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, const Activations& a,
+void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
                         int token, float* y);
 void tokens_run(const Matrix& m, const Run& run, bool vbmi, Place& place, const Activations& a, int first,
                 int count, float* y, uint8_t* scratch);

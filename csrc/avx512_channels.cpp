@@ -10,13 +10,10 @@ namespace bitmosaic::avx512 {
 namespace {
 
 template <int bits, bool vbmi>
-BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int token,
-                          float* y) {
-    const uint8_t* bytes = place.bytes;
+BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, int panels, const Activations& a,
+                          int token, float* y) {
     const Cell* cell = place.cell;
     const __m512i zero = _mm512_setzero_si512();
-    __m512 total[4];
-    for (int set = 0; set < 4; ++set) total[set] = _mm512_loadu_ps(y + 16 * set);
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + token;
@@ -24,37 +21,42 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         const float sum = static_cast<float>(a.sum[static_cast<size_t>(cell->segment) * a.tokens + token]);
         const uint8_t* tables = m.channel_codes + size_t{64} * cell->table;
         const int pairs = quads(segment.length) / 2;
-        __m512i even[4] = {zero, zero, zero, zero}, odd[4] = {zero, zero, zero, zero};
-        for (int pair = 0; pair < pairs; ++pair, q += 8, tables += 2 * quad_table_bytes(bits)) {
-            const __m512i x0 = broadcast4(q), x1 = broadcast4(q + 4);
-            __m512i values[8];
-            values_of_pair<bits, vbmi>(bytes, pair, tables, values);
+        const size_t size = static_cast<size_t>(pairs) * 64 * bits;
+        const __m512 all = _mm512_set1_ps(sum), scale = _mm512_set1_ps(a.scale[entry]);
+        for (int panel = 0; panel < panels; ++panel) {
+            const uint8_t* codes = place.bytes + (place.index + panel) * size;
+            __m512i even[4] = {zero, zero, zero, zero}, odd[4] = {zero, zero, zero, zero};
+            for (int pair = 0; pair < pairs; ++pair) {
+                const __m512i x0 = broadcast4(q + 8 * pair), x1 = broadcast4(q + 8 * pair + 4);
+                __m512i values[8];
+                values_of_pair<bits, vbmi>(codes, pair, tables + pair * 2 * quad_table_bytes(bits), values);
+                for (int set = 0; set < 4; ++set) {
+                    dot4(even[set], values[set], x0);
+                    dot4(odd[set], values[4 + set], x1);
+                }
+            }
+            float* sums = y + panel * kRows;
             for (int set = 0; set < 4; ++set) {
-                dot4(even[set], values[set], x0);
-                dot4(odd[set], values[4 + set], x1);
+                const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even[set], odd[set]));
+                const __m512 row = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), all, dot);
+                _mm512_storeu_ps(sums + 16 * set,
+                                 _mm512_fmadd_ps(row, scale, _mm512_loadu_ps(sums + 16 * set)));
             }
         }
-        const __m512 all = _mm512_set1_ps(sum), scale = _mm512_set1_ps(a.scale[entry]);
-        for (int set = 0; set < 4; ++set) {
-            const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(even[set], odd[set]));
-            const __m512 row = _mm512_fnmadd_ps(_mm512_set1_ps(128.0f), all, dot);
-            total[set] = _mm512_fmadd_ps(row, scale, total[set]);
-        }
-        bytes += static_cast<size_t>(pairs) * 64 * bits;
+        place.bytes += place.abreast * size;
     }
-    for (int set = 0; set < 4; ++set) _mm512_storeu_ps(y + 16 * set, total[set]);
-    place = {bytes, cell};
+    place.cell = cell;
 }
 
 }  // namespace
 
-void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, const Activations& a,
+void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
                         int token, float* y) {
     with_channels(run, [&](auto, auto bits) {
         if (vbmi)
-            walk<bits, true>(m, run.cells, place, a, token, y);
+            walk<bits, true>(m, run.cells, place, panels, a, token, y);
         else
-            walk<bits, false>(m, run.cells, place, a, token, y);
+            walk<bits, false>(m, run.cells, place, panels, a, token, y);
     });
 }
 

@@ -122,12 +122,13 @@ constexpr Tile kTiles[kTokens] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, t
 template <Kind kind, int bits>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
-    const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     float* decoded = reinterpret_cast<float*>(scratch);
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int length = static_cast<int>(segment.length);
+        const size_t size = cell_bytes(kind, bits, segment.length);
+        const uint8_t* bytes = place.bytes + place.index * size;
         const float* x = a.x + first * a.stride + segment.start;
         const uint8_t* scales = header_bytes(kind) == 0 ? nullptr : bytes;
         if (count == 1) {
@@ -147,9 +148,9 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
                                   y + t * kRows);
             }
         }
-        bytes += cell_bytes(kind, bits, segment.length);
+        place.bytes += place.abreast * size;
     }
-    place = {bytes, cell};
+    place.cell = cell;
 }
 
 }  // namespace

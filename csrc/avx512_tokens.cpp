@@ -144,13 +144,13 @@ template <Kind kind, int bits, bool vbmi>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
     constexpr bool in_place = kind == Kind::affine && (bits == 8 || bits == 4 || bits == 2);
-    const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     const int tiles = (count + kTokens - 1) / kTokens;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int n = quads(segment.length);
-        const size_t size = header_bytes(kind) + static_cast<size_t>(n) * 32 * bits;
+        const size_t size = cell_bytes(kind, bits, segment.length);
+        const uint8_t* bytes = place.bytes + place.index * size;
         float factor = kind == Kind::channel_table ? 1.0f : cell->factor;
         const SmallTable* table = nullptr;
         if constexpr (kind == Kind::table) {
@@ -174,7 +174,7 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
                 kind == Kind::affine ? zeros_of(bytes, set, bits == 1) : _mm512_set1_ps(128.0f);
         }
         // The stream goes on with the next run or panel: a prefetch beyond the end is harmless.
-        w.next = bytes + size;
+        w.next = bytes + place.abreast * size;
         w.lines = (static_cast<int>(size) / kLine + n / 2 - 1) / (n / 2);
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
         const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
@@ -187,9 +187,9 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
             w.lines = 0;
             t += width;
         }
-        bytes += size;
+        place.bytes += place.abreast * size;
     }
-    place = {bytes, cell};
+    place.cell = cell;
 }
 
 }  // namespace

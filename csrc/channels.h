@@ -8,6 +8,9 @@
 
 namespace bitmosaic {
 
+// Panels abreast: each cell's tables are fetched from L2 once for so many.
+constexpr uint32_t kAbreast = 8;
+
 // Whether tiles span all rows, are narrower than a block, and hold grids without scales (at least one of them
 // learned), 16-bit patterns, or nothing.
 bool is_channel_wise(const Plan& plan);

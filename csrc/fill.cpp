@@ -22,11 +22,14 @@ public:
     }
 
     void fill() {
-        uint8_t* out = to_.data + plan_.panels[panel_].offset;
+        uint8_t* first = to_.data + plan_.panels[panel_].offset;  // of cells abreast
+        const uint32_t index = panel_ % plan_.abreast;
+        const uint32_t abreast = std::min(plan_.abreast, file_.panels - (panel_ - index));
         for (uint32_t i = plan_.panels[panel_].cell; i < plan_.panels[panel_ + 1].cell; ++i) {
             const PlannedCell& cell = plan_.cells[i];
-            fill_cell(cell, out);
-            out += cell_bytes(cell.kind, cell.bits, cell.length);
+            const size_t size = cell_bytes(cell.kind, cell.bits, cell.length);
+            fill_cell(cell, first + index * size);
+            first += abreast * size;
         }
     }
 

@@ -61,11 +61,11 @@ struct Level {
     // and 0; else scale = largest / 127 and q = nearest-even(x * (127 / largest)).
     float (*quantize)(const float* x, int columns, int8_t* q);
 
-    // Add the products of panel `p` with tokens [first, first + count) to y [count][64], which the
-    // caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte aligned and
-    // has kScratch bytes. No outliers, no bias.
-    void (*panel)(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass,
-                  float* y, uint8_t* scratch);
+    // Add the products of panels [begin, end) with tokens [first, first + count) to y [panels][count][64],
+    // which the caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte
+    // aligned and has kScratch bytes. No outliers, no bias.
+    void (*panels)(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count,
+                   Pass pass, float* y, uint8_t* scratch);
 
     // Spread `count` codes of `bits` bit-planes (each `plane` bytes apart), from code `first` on, into
     // bytes. Reads no byte beyond the last one that holds a code. bits 1 to 8.

@@ -12,7 +12,9 @@
 // Where every column has a grid of its own (tiles that span all rows and are narrower than a block, without
 // scales), cells would be one column wide. Such a *channel-wise* matrix has its columns sorted by format, in
 // Matrix::column_of, and its cells are up to 128 columns of one format: channel_table cells have no header and
-// share the tables of their segment among all panels (channels.cpp).
+// share the tables of their segment among all panels (channels.cpp). All panels are cut alike, and Matrix::abreast
+// of them stand side by side: first cells of each, then second cells, and so on. Panel::offset is that of
+// the first one's first cell. In other matrices, where abreast is 1, that is the panel's own.
 //
 // Codes of the *quad* kinds (affine, table, channel_table). Row r of the panel is lane r % 16 of row set r / 16;
 // column 4 q + j of the cell is byte j of a lane, so that one 64-byte vector holds 16 rows times 4
@@ -86,7 +88,7 @@ struct Run {
 };
 
 struct Panel {
-    uint64_t offset;    // of the first cell's bytes in Matrix::data
+    uint64_t offset;    // of the first cell's bytes in Matrix::data, of the first of panels abreast
     uint32_t run;       // first run; the panel has runs [run, next panel's run)
     uint32_t cell;      // first cell
 };
@@ -112,6 +114,7 @@ struct Matrix {
     uint32_t panels = 0;          // ceil(out / 64)
     uint32_t segments = 0;
     uint32_t blocks = 0;          // ceil(in / 128)
+    uint32_t abreast = 1;         // panels that stand side by side; the last ones may be fewer
     bool needs_float = false;     // any column kind or outlier: float activations even in int8 mode
     const uint8_t* data = nullptr;        // cells; 64-byte aligned, readable 64 bytes beyond the end
     const Panel* panel = nullptr;         // panels + 1; the last one holds the ends
@@ -159,5 +162,11 @@ static constexpr size_t cell_bytes(Kind kind, int bits, uint32_t length) {
 
 // Bytes of the tables of a quad of a channel_table cell.
 static constexpr size_t quad_table_bytes(int bits) { return size_t{4} << bits; }
+
+// Panels that stand side by side with panel `p`, itself among them.
+static inline uint32_t panels_abreast(const Matrix& m, uint32_t p) {
+    const uint32_t left = m.panels - p / m.abreast * m.abreast;
+    return left < m.abreast ? left : m.abreast;
+}
 
 }  // namespace bitmosaic

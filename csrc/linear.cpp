@@ -101,8 +101,7 @@ void multiply(const Call& call, uint32_t begin, uint32_t end, int first, int cou
     for (; begin < end; begin += together) {
         const uint32_t stop = std::min(begin + together, end);
         std::fill(sums, of(stop), 0.0f);
-        for (uint32_t p = begin; p < stop; ++p)
-            call.level.panel(call.m, p, call.a, first, count, call.pass, of(p), scratch);
+        call.level.panels(call.m, begin, stop, call.a, first, count, call.pass, sums, scratch);
         for (uint32_t p = begin; call.m.outlier_end != nullptr && p < stop; ++p)
             add_outliers(call.m, p, call.a, call.sides, first, count, of(p));
         for (uint32_t p = begin; p < stop; ++p) finish(call, p, first, count, of(p));

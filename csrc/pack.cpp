@@ -142,6 +142,7 @@ private:
         matrix_.panels = file.panels;
         matrix_.segments = static_cast<uint32_t>(plan.segments.size());
         matrix_.blocks = (file.in - 1) / kBlock + 1;
+        matrix_.abreast = plan.abreast;
         matrix_.needs_float = arrays_.outlier_end != nullptr;
         for (const Run& run : plan.runs) matrix_.needs_float |= !is_quad(run.kind);
         matrix_.data = arrays_.data;

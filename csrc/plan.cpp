@@ -247,6 +247,7 @@ std::string Plan::cut() {
     if (!fits()) return too_large;
     column_of = file.column_of;
     if (by_channel) {
+        abreast = kAbreast;
         channels = gather_channels(*this);
         column_of = channels.order;
         for (uint32_t i = 0; !file.column_of.empty() && i < file.in; ++i)
@@ -257,7 +258,8 @@ std::string Plan::cut() {
     std::vector<uint64_t> keys, known, both;
     for (uint32_t p = 0; p < file.panels; ++p) {
         const size_t first = cells.size();
-        panels.push_back({data_bytes, static_cast<uint32_t>(runs.size()), static_cast<uint32_t>(first)});
+        const uint64_t offset = p % abreast ? panels.back().offset : data_bytes;
+        panels.push_back({offset, static_cast<uint32_t>(runs.size()), static_cast<uint32_t>(first)});
         if (by_channel)
             cells.insert(cells.end(), channels.cells.begin(), channels.cells.end());
         else

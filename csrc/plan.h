@@ -70,6 +70,7 @@ public:
     std::vector<Segment> segments;   // by start, then length
     std::vector<uint32_t> column_of;  // stored column -> column of x; empty when in order
     Channels channels;
+    uint32_t abreast = 1;
     uint64_t data_bytes = 0;
 
 private:

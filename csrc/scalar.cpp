@@ -67,18 +67,25 @@ void float_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8_t
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    const uint8_t* bytes = m.data + m.panel[p].offset;
+    const uint8_t* row = m.data + m.panel[p].offset;  // of cells abreast
     const Cell* cell = m.cell + m.panel[p].cell;
     for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
         const Run& run = m.run[r];
         for (uint32_t i = 0; i < run.cells; ++i, ++cell) {
+            const size_t size = cell_bytes(run.kind, run.bits, m.segment[cell->segment].length);
+            const uint8_t* bytes = row + p % m.abreast * size;
             if (pass == Pass::integer && is_quad(run.kind))
                 integer_cell(m, run, *cell, bytes, a, first, count, y, scratch);
             else
                 float_cell(m, run, *cell, bytes, a, first, count, y, reinterpret_cast<float*>(scratch));
-            bytes += cell_bytes(run.kind, run.bits, m.segment[cell->segment].length);
+            row += panels_abreast(m, p) * size;
         }
     }
+}
+
+void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
+            float* y, uint8_t* scratch) {
+    for (uint32_t p = begin; p < end; ++p, y += count * kRows) panel(m, p, a, first, count, pass, y, scratch);
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -111,7 +118,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace
 
 const Level& scalar_level() {
-    static const Level level{"scalar", quantize, panel, unpack_planes};
+    static const Level level{"scalar", quantize, panels, unpack_planes};
     return level;
 }
 
