@@ -15,16 +15,16 @@ int lowest_bit(float value) {
     return static_cast<int>(exponent ? exponent : 1) - 150 + __builtin_ctz(significand);
 }
 
-// The step of a table of bytes round(value / step) + 128, or 0 where floats cannot tell the steps apart.
+// The step of a table of bytes round(value / step) + 128, or 0 where floats cannot tell the steps apart. The
+// largest value is 64 to 127 steps, so that tables whose steps share a unit lose alike; zeros have a tiny one.
 float step_of(const Grid& grid) {
     float largest = 0;
     for (const float value : grid.values) {
         if (!std::isfinite(value)) return 0;
         largest = std::max(largest, std::fabs(value));
     }
-    if (largest == 0) return 1;
-    const float exact = std::ldexp(1.0f, grid.lowest);
-    const float step = largest / exact <= 127 ? exact : largest / 127;
+    if (largest == 0) return 0x1p-100f;
+    const float step = grid.top - grid.lowest <= 6 ? std::ldexp(1.0f, grid.top - 6) : largest / 127;
     return step >= 0x1p-126f ? step : 0;
 }
 
