@@ -24,6 +24,7 @@ OTHER_SHAPES = ((1, 1), (71, 203), (600, 129))
 
 WIDTHS = tuple(f"codebook{bits}" for bits in range(1, 9))
 
+every_level = pytest.mark.parametrize("level", _cpu.levels(), indirect=True)
 every_weight = pytest.mark.parametrize("which", CHANNEL_WISE)
 
 
@@ -42,6 +43,7 @@ def check(tensor: QuantizedTensor, batches: tuple[int, ...] = BATCHES) -> None:
             assert torch.equal(part, whole[:batch]), f"{activations}, {batch} tokens"
 
 
+@every_level
 @every_weight
 def test_products(level: str, which: str) -> None:
     tensor = channel_wise(which, SHAPE)
@@ -49,12 +51,14 @@ def test_products(level: str, which: str) -> None:
     check(tensor)
 
 
+@every_level
 @pytest.mark.parametrize("shape", OTHER_SHAPES)
 @pytest.mark.parametrize("which", ["codebook4", "cmpq", "every width"])
 def test_other_shapes(level: str, which: str, shape: tuple[int, int]) -> None:
     check(channel_wise(which, shape))
 
 
+@every_level
 @every_weight
 def test_permutations_and_outliers(level: str, which: str) -> None:
     check(channel_wise(which, SHAPE, permuted=True, outliers=0.02), (1, 5))
@@ -143,6 +147,7 @@ def judge(actual: torch.Tensor, x: torch.Tensor, tensor: QuantizedTensor, activa
         assert_int8_product(actual, x, tensor)
 
 
+@every_level
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_values(level: str, bits: int, sign: int) -> None:
@@ -158,12 +163,14 @@ def test_the_largest_values(level: str, bits: int, sign: int) -> None:
             assert_matmul_close(actual, x, tensor.dequantize())
 
 
+@every_level
 @pytest.mark.parametrize("grid", ["fp16", "bf16", "fp32", "e4m3", "e8m0"])
 @pytest.mark.parametrize("bits", [2, 4, 6])
 def test_grids_of_any_type(level: str, grid: str, bits: int) -> None:
     check(random_bits(made(bits, learned=grid), made(3, learned="fp16"), tile=(200, 5)), (1, 4))
 
 
+@every_level
 def test_columns_that_differ_greatly_do_not_disturb_each_other(level: str) -> None:
     """Of weights from 1e-4 to 1e4 the small ones meet large activations: all count alike."""
     sizes = 10.0 ** torch.linspace(-4, 4, 256)
@@ -176,8 +183,9 @@ def test_columns_that_differ_greatly_do_not_disturb_each_other(level: str) -> No
     assert float((actual - exact).norm() / exact.norm()) < 0.02
 
 
+@every_level
 def test_zeros_and_grids_beyond_int8(level: str) -> None:
-    """Columns of zeros take no part in a block's scale; those too large for floats to fold run too."""
+    """Columns of zeros take no part in a block's scale; those beyond normal floats run too."""
     tensor = random_bits(made(3, learned="fp32"), shape=(70, 130), tile=(70, 1))
     grids = tensor.grids.view(torch.float32).view(-1, 8)
     grids[::3] = 0.0
@@ -187,6 +195,7 @@ def test_zeros_and_grids_beyond_int8(level: str) -> None:
     check(tensor, (1, 4))
 
 
+@every_level
 def test_activations_that_are_not_finite_are_not_hidden(level: str) -> None:
     tensor = channel_wise("cmpq", (130, 300))
     for value in (torch.nan, torch.inf):
