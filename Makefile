@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format bench-quality bench-scale bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -34,7 +34,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# The kernel tests and the fuzzed packing, on a build that stops at any access out of bounds and any
+# The tests of compiled code and the fuzzed packing, on a build that stops at any access out of bounds and any
 # undefined behaviour. Python itself is no such build, hence the libraries loaded before it.
 SANITIZED := build/sanitize
 sanitize: export OMP_NUM_THREADS ?= 1
@@ -45,8 +45,8 @@ sanitize: $(STAMP)
 	$(BIN)/cmake --build $(SANITIZED)
 	$(SANITIZED)/fuzz_pack $(FUZZ)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_CPU_MODULE="$$(ls $(SANITIZED)/_cpu*.so)" \
-	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels $(ARGS)
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_BUILD=$(SANITIZED) \
+	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -60,6 +60,10 @@ format: $(STAMP)
 
 bench-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py --json benchmarks/results/quality.json $(ARGS)
+
+plot: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
+	$(BIN)/python benchmarks/plot.py benchmarks/results/quality.json docs/quality.svg
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)

@@ -6,11 +6,15 @@ The embedded model needs nothing else.  The other models and texts lie in the di
 environment variable BITMOSAIC_SHARED names (default: ../shared beside the repository); what is
 absent is left out and said so.  Rows: model, method, mode, bits_asked, bytes, bits_per_weight,
 perplexity, kl, and what they were measured on.
+
+OUT is written after each row.  Rows that it holds already, of the same parameters, windows and
+versions, are kept; so a run goes on where it was stopped, and a new mode costs its own rows only.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -27,22 +31,38 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging as transformers_logging
 
-import bitmosaic.integrations.transformers  # noqa: F401  (registers the quantizer)
-from bitmosaic import methods, pipeline
+import bitmosaic
+import bitmosaic.integrations.transformers
+from bitmosaic import checkpoint, methods, pipeline
 from bitmosaic.allocation import Budget, BudgetError
 from bitmosaic.evaluation.divergence import divergence
 from bitmosaic.evaluation.text import document_sequences, stdlib_windows, token_windows
 from bitmosaic.linear import set_activations
+from bitmosaic.methods import cmpq, septq
 from bitmosaic.model.source import Source
+from bitmosaic.pipeline.allocate import check_budget
+from bitmosaic.pipeline.output import OutputPlan
+from quality_checks import checks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BITMOSAIC_SHARED", ROOT.parent / "shared"))
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 
+PER_CHANNEL = tuple(f"int{bits}" for bits in range(2, 9))
+
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "rtn": {"default": {}},
-    "gptq": {"default": {}},
-    "layerwise": {"default": {}, "nearest": {"base": "nearest"}},
+    "gptq": {
+        "default": {},
+        "per_channel": {"format": PER_CHANNEL},
+        "search": {"shrinks": 80},
+    },
+    "layerwise": {
+        "default": {},
+        "nearest": {"base": "nearest"},
+        # Per-channel GPTQ at the same bytes as the others, which one width alone cannot meet.
+        "per_channel": {"formats": PER_CHANNEL},
+    },
     "sfmp": {
         "default": {},
         "nearest": {"base": "nearest"},
@@ -63,8 +83,52 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nearest_tile512": {"base": "nearest", "tile_out": 512},
         "nearest_tile32": {"base": "nearest", "tile_out": 32},
     },
+    "septq": {
+        "paper": septq.PAPER,
+        "improved": {},
+        "share_0": {"outlier_fraction": 0.0},
+        "share_0.05": {"outlier_fraction": 0.0005},
+        "share_0.45": {"outlier_fraction": 0.0045},
+        "share_1": {"outlier_fraction": 0.01},
+        "rescored": {"rescore": True},
+        "mask_from_calibration": {"mask_from": "calibration"},
+        "score_paper": {"score_by": "paper"},
+        "layer_budget": {"scope": "layer"},
+        "one_format": {"choose": "model"},
+        "not_refitted": {"refit": False},
+        "grids_with_outliers": {"alternations": 0},
+        "extreme_grids": {"shrinks": 1},
+        "fp16_outliers": {"outlier_format": "fp16"},
+        "in_order": {"act_order": False},
+    },
+    "cmpq": {
+        "paper": cmpq.PAPER,
+        "improved": {},
+        "nearest": {"base": "nearest"},
+        "paper_adjacent": {**cmpq.PAPER, "widths": "adjacent"},
+        "paper_gain": {**cmpq.PAPER, "widths": "gain"},
+        "paper_compensated": {**cmpq.PAPER, "base": "gptq"},
+        "paper_share_0": {**cmpq.PAPER, "act_outliers": 0.0, "weight_outliers": 0.0},
+        "paper_share_0.05": {**cmpq.PAPER, "weight_outliers": 0.0005},
+        "paper_share_1": {**cmpq.PAPER, "weight_outliers": 0.01},
+        "share_0.05": {"weight_outliers": 0.0005},
+        "share_0.45": {"weight_outliers": 0.0045},
+        "share_1": {"weight_outliers": 0.01},
+        "kept_in_channels": {"act_outliers": 0.0005},
+        "plain_kmeans": {"weighted": False},
+        "activation": {"sensitivity": "activation"},
+        "layer_budget": {"scope": "layer"},
+        "tile_in_2": {"tile_in": 2},
+        "tile_in_4": {"tile_in": 4},
+        "tile_in_8": {"tile_in": 8},
+    },
 }
-"""Methods and their modes; `default` is what a user gets, the others are ablations."""
+"""Methods and their modes.  `default` or `improved` is what a user gets, `paper` what was published
+as far as it is known; the others are ablations.  A method that is added needs its entry here, with
+those of its modes that MODES names, and nothing else."""
+
+MODES = ("default", "per_channel", "nearest", "paper", "improved")
+"""The modes of the table; the others are run where they are named, or by --modes all."""
 
 
 @dataclass(frozen=True)
@@ -144,149 +208,190 @@ CASES = (
 )
 
 
-def run(case: Case, wanted: list[tuple[str, str]], bits: list[float]) -> list[dict[str, Any]]:
-    """Measure one model: all methods and modes at all budgets."""
+class Rows:
+    """The rows of a file, written after each one that is added."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.is_file():
+            self.rows = json.loads(path.read_text())
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row of these settings, if it was measured already."""
+        for row in self.rows:
+            if settings.items() <= row.items():
+                return row
+        return None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Put a row in the place of an older one of the same name."""
+        self.rows = [each for each in self.rows if name_of(each) != name_of(row)]
+        self.rows = sorted([*self.rows, row], key=name_of)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.path, json.dumps(self.rows, indent=1) + "\n")
+
+
+def name_of(row: dict[str, Any]) -> tuple[int, int, str, float]:
+    """Tell rows apart, and put them in the order of the tables here."""
+    cases, known = [case.name for case in CASES], list(VARIANTS)
+    place = known.index(row["method"]) if row["method"] in known else len(known)
+    return cases.index(row["model"]), place, row["mode"], row["bits_asked"]
+
+
+def run(case: Case, wanted: list[tuple[str, str]], options: argparse.Namespace, rows: Rows) -> None:
+    """Measure one model: what is missing of all methods and modes at all budgets."""
     tokenizer = AutoTokenizer.from_pretrained(case.path)
-    windows = case.evaluation(tokenizer)
+    windows = case.evaluation(tokenizer)[: options.windows]
     tokens = case.calibration(tokenizer)
-    reference = Remembered(AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32))
     source = Source(case.path)
-    rows = []
     with tempfile.TemporaryDirectory() as directory:
-        statistics = pipeline.calibrate(source, tokens, Path(directory) / "statistics").directory
+        kept = (options.statistics or Path(directory)) / case.name
+        bench = Bench(case, source, tokens, windows, Path(directory), kept)
         for method, mode in wanted:
-            for target in bits:
-                row = {"model": case.name, "method": method, "mode": mode, "bits_asked": target}
-                try:
-                    chosen = methods.get(method)(**VARIANTS[method][mode])
-                    row |= measure(
-                        source,
-                        chosen,
-                        target,
-                        Path(directory),
-                        tokens,
-                        statistics,
-                        reference,
-                        windows,
-                    )
-                except BudgetError as error:
-                    print(f"  {method} {mode} {target:g}: {error}", flush=True)
+            for target in options.bits:
+                made = choose(source, method, VARIANTS[method][mode], target)
+                if made is None:
+                    print(f"  {case.name} {method} {mode} {target:g}: no format is that small")
                     continue
-                rows.append(row)
+                settings = {
+                    "model": case.name,
+                    "method": method,
+                    "mode": mode,
+                    "bits_asked": target,
+                    "parameters": made.parameters(),
+                    "windows": len(windows),
+                    "bitmosaic": bitmosaic.__version__,
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "machine": platform.machine(),
+                }
+                row = rows.find(settings)
+                if row is None:
+                    try:
+                        row = settings | bench.measure(made, target)
+                    except BudgetError as error:
+                        print(f"  {method} {mode} {target:g}: {error}", flush=True)
+                        continue
+                    rows.add(row)
                 print(
                     f"  {case.name} {method:10} {mode:10} {target:5.2f} "
                     f"{row['bits_per_weight']:7.4f} ppl {row['perplexity']:8.4f} "
                     f"kl {row['kl']:.5f} {row['seconds']:6.1f} s",
                     flush=True,
                 )
-    return rows
 
 
-def measure(
-    source: Source,
-    method: methods.Method,
-    target: float,
-    directory: Path,
-    tokens: Tensor,
-    statistics: Path,
-    reference: nn.Module,
-    windows: Any,
-) -> dict[str, Any]:
-    """Quantize at one budget, load the result as a user would, and compare it."""
-    output = directory / "packed"
-    start = time.perf_counter()
-    facts = pipeline.quantize(
-        source,
-        method,
-        Budget(bits=target),
-        output,
-        tokens=tokens,
-        statistics_directory=statistics,
-        options=pipeline.QuantizeOptions(overwrite=True),
-    )
-    seconds = time.perf_counter() - start
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-    set_activations(model, "exact")  # the figures are the checkpoint's, on any machine
-    found = divergence(model, reference, windows, batch=8)
-    return {
-        "bytes": facts["weights_bytes"],
-        "file_bytes": facts["bytes"],
-        "bits_per_weight": facts["bits_per_weight"],
-        "perplexity": found.model.perplexity,
-        "perplexity_original": found.reference.perplexity,
-        "kl": found.kl_mean,
-        "top1_agreement": found.top1_agreement,
-        "tokens": found.model.tokens,
-        "seconds": seconds,
-    }
-
-
-def checks(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
-    """What is asked: SFMP at or below layerwise on the embedded model, by a margin at 2.5 to 3.0.
-
-    The margin is a tenth of what layerwise loses against the original.
-    """
-    table = {
-        (row["mode"], row["method"], row["bits_asked"]): row
-        for row in rows
-        if row["model"] == "stdlib-llama"
-    }
-    found = []
-    for (mode, method, bits), row in sorted(table.items()):
-        other = table.get((mode, "layerwise", bits))
-        if method != "sfmp" or other is None:
+def choose(
+    source: Source, method: str, parameters: dict[str, Any], target: float
+) -> methods.Method | None:
+    """Make a method; of several formats for one place, the widest that fits the budget."""
+    candidates = parameters.get("format")
+    if not isinstance(candidates, tuple):
+        return methods.get(method)(**parameters)
+    for name in reversed(candidates):
+        made = methods.get(method)(**{**parameters, "format": name})
+        try:
+            check_budget(source, made, Budget(bits=target), OutputPlan(source, "int8", "int8"))
+        except BudgetError:
             continue
-        margin = 0.1 if 2.5 <= bits <= 3.0 else 0.0
-        lost = other["perplexity"] - other["perplexity_original"]
-        limit = other["perplexity"] - margin * lost
-        name = f"sfmp perplexity, {mode}, {bits:g} bits, layerwise less {margin:.0%} of its loss"
-        found.append((name, row["perplexity"], limit, row["perplexity"] <= limit))
-    return found
+        return made
+    return None
+
+
+class Bench:
+    """A model with what its rows are measured by, each made when it is first needed."""
+
+    def __init__(
+        self,
+        case: Case,
+        source: Source,
+        tokens: Tensor,
+        windows: Any,
+        directory: Path,
+        kept: Path,
+    ) -> None:
+        self.case, self.source, self.tokens, self.windows = case, source, tokens, windows
+        self.directory, self.kept = directory, kept
+
+    @functools.cached_property
+    def statistics(self) -> Path:
+        """Statistics of the original."""
+        return pipeline.calibrate(self.source, self.tokens, self.kept).directory
+
+    @functools.cached_property
+    def reference(self) -> Remembered:
+        """The original itself."""
+        return Remembered(AutoModelForCausalLM.from_pretrained(self.case.path, dtype=torch.float32))
+
+    def measure(self, method: methods.Method, target: float) -> dict[str, Any]:
+        """Quantize at one budget, load the result as a user would, and compare it."""
+        output = self.directory / "packed"
+        start = time.perf_counter()
+        facts = pipeline.quantize(
+            self.source,
+            method,
+            Budget(bits=target),
+            output,
+            tokens=self.tokens,
+            statistics_directory=self.statistics,
+            options=pipeline.QuantizeOptions(overwrite=True),
+        )
+        seconds = time.perf_counter() - start
+        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        set_activations(model, "exact")  # the figures are the checkpoint's, on any machine
+        found = divergence(model, self.reference, self.windows, batch=8)
+        return {
+            "bytes": facts["weights_bytes"],
+            "file_bytes": facts["bytes"],
+            "bits_per_weight": facts["bits_per_weight"],
+            "perplexity": found.model.perplexity,
+            "perplexity_original": found.reference.perplexity,
+            "kl": found.kl_mean,
+            "top1_agreement": found.top1_agreement,
+            "tokens": found.model.tokens,
+            "seconds": seconds,
+        }
 
 
 def main() -> int:
     """Run, print, write, and judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=[case.name for case in CASES])
-    parser.add_argument("--methods", default="rtn,gptq,layerwise,sfmp")
-    parser.add_argument(
-        "--modes", default="default,nearest", help="modes of each method; all = all"
-    )
-    parser.add_argument("--bits", default=",".join(f"{bits:g}" for bits in BITS))
+    parser.add_argument("--methods", default=",".join(VARIANTS))
+    parser.add_argument("--modes", default=",".join(MODES), help="modes of each method, or all")
+    parser.add_argument("--bits", type=numbers, default=BITS)
+    parser.add_argument("--windows", type=int, help="evaluate on the first so many sequences")
+    parser.add_argument("--statistics", type=Path, help="directory to keep statistics in")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    names = arguments.methods.split(",")
-    modes = arguments.modes.split(",")
+    modes = options.modes.split(",")
     wanted = [
         (name, mode)
-        for name in names
+        for name in options.methods.split(",")
         for mode in VARIANTS[name]
         if modes == ["all"] or mode in modes
     ]
-    bits = [float(part) for part in arguments.bits.split(",")]
-    rows: list[dict[str, Any]] = []
+    rows = Rows(options.json)
     for case in CASES:
-        if arguments.model not in (None, case.name):
+        if options.model not in (None, case.name):
             continue
         if not case.path.is_dir():
             print(f"{case.name}: left out, {case.path.name} is not beside the repository")
             continue
-        rows += run(case, wanted, bits)
-    facts = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
-    found = checks(rows)
+        run(case, wanted, options, rows)
+    found = checks(rows.rows)
     for name, ours, limit, good in found:
         print(f"{'ok  ' if good else 'MISS'} {name}: {ours:.4f} (asked {limit:.4f})")
     return 0 if all(good for *_, good in found) else 1
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read numbers separated by commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,6 @@ void to_float(const void* x, Scalar type, const int32_t* order, size_t first, in
         gather<Half>(x, order, first, count, out);
 }
 
-bool same_segment(const Segment& a, const Segment& b) { return a.start == b.start && a.length == b.length; }
-
 // The sum of at most 128 values: eight at a time as unsigned bytes, 128 too large each, in 16-bit lanes.
 int32_t sum_of(const int8_t* q, uint32_t length) {
     constexpr uint64_t even_bytes = 0x00FF00FF00FF00FF, offset = 0x8080808080808080;
@@ -88,9 +86,12 @@ struct Activated::Task {
         for (int t = first; t < first + count; ++t) {
             const uint8_t* row = input + static_cast<size_t>(t) * m.in * size_of(type);
             float* values = x != nullptr ? x + t * stride + column : local[t - first];
-            to_float(row, type, m.column_of, column, columns, values);
+            // Floats in order are read where they are: a copy would cost as much as rounding them.
+            const bool direct = type == Scalar::f32 && m.column_of == nullptr && x == nullptr && sides == nullptr;
+            const float* from = direct ? reinterpret_cast<const float*>(row) + column : values;
+            if (!direct) to_float(row, type, m.column_of, column, columns, values);
             const size_t entry = static_cast<size_t>(block) * tokens + t;
-            if (q != nullptr) scale[entry] = quantize(values, column, columns, q + entry * kBlock);
+            if (q != nullptr) scale[entry] = quantize(from, column, columns, q + entry * kBlock);
             if (sides != nullptr && x != nullptr) std::copy(values, values + columns, local[t - first]);
         }
         if (sides == nullptr) return;

@@ -1,5 +1,6 @@
 // The AVX2 level (AVX2, FMA, F16C; no VNNI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx2.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx2 {
@@ -23,10 +24,13 @@ void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a,
             each_run_abreast(
                 m, p, abreast,
                 [&](const Run& run, Place& place, int panel) {
-                    float_run(m, run, place, a, first, 1, own + panel * kRows, scratch);
+                    float_run(m, run, place, a, first, count, own + panel * count * kRows, scratch);
                 },
                 [&](const Run& run, Place& place, int panels) {
-                    one_token_channels(m, run, place, panels, a, first, own);
+                    if (count == 1)
+                        one_token_channels(m, run, place, panels, a, first, own);
+                    else
+                        tokens_channels(m, run, place, panels, a, first, count, own, scratch);
                 });
         });
 }
@@ -107,7 +111,8 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panels, avx2::unpack_planes};
+    static const Level level{"avx2", avx2::quantize, avx2::panels, avx2::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 

@@ -190,6 +190,8 @@ void one_token_channels(const Matrix& m, const Run& run, Place& place, int panel
                         int token, float* y);
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch);
+void tokens_channels(const Matrix& m, const Run& run, Place& place, int panels, const Activations& a, int first,
+                     int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
 

@@ -145,29 +145,15 @@ void unpack(const uint8_t* codes, int length, const Lookup& lookup, uint8_t* out
     }
 }
 
-// The same of a channel_table cell: the tables of the fill make 0 of it.
-template <int bits>
-void unpack_channels(const uint8_t* codes, int length, const uint8_t* tables, uint8_t* out) {
-    const __m256i as_it_is = _mm256_setzero_si256();
-    for (int pair = 0; pair < quads(length) / 2; ++pair, codes += 64 * bits, out += 512) {
-        const QuadTables<bits> table[2] = {{tables, as_it_is}, {tables + quad_table_bytes(bits), as_it_is}};
-        fields<bits>(codes, [&](int quad, int vector, __m256i f) {
-            store(out + 256 * quad + 32 * vector, table[quad].values(f));
-        });
-        tables += 2 * quad_table_bytes(bits);
-    }
-}
-
 template <Kind kind, int bits>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
+    const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int n = quads(segment.length);
-        const size_t size = cell_bytes(kind, bits, segment.length);
-        const uint8_t* bytes = place.bytes + place.index * size;
-        float factor = kind == Kind::channel_table ? 1.0f : cell->factor;
+        float factor = cell->factor;
         Lookup values = kPlain<bits>;
         if constexpr (kind == Kind::table) {
             const SmallTable& table = m.small_table[cell->table];
@@ -176,21 +162,18 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         }
         Weights w;
         w.codes = bytes + kHeader;
-        if constexpr (kind == Kind::channel_table) {
-            unpack_channels<bits>(bytes, static_cast<int>(segment.length),
-                                  m.channel_codes + size_t{64} * cell->table, scratch);
-            w.codes = scratch;
-        } else if constexpr (bits != 8) {
+        if constexpr (bits != 8) {
             unpack<kind, bits>(bytes + kHeader, static_cast<int>(segment.length), values, scratch);
             w.codes = scratch;
         }
         w.quads = n;
         // The stream goes on with the next run or panel: a prefetch beyond the end is harmless.
-        w.next = bytes + place.abreast * size + kAhead;
+        const size_t size = kHeader + static_cast<size_t>(n) * 32 * bits;
+        w.next = bytes + size + kAhead;
         w.lines = (static_cast<int>(size) / kLine + 3) / 4;
         for (int i = 0; i < kVectors; ++i) {
-            w.scale[i] = header_bytes(kind) == 0 ? _mm256_set1_ps(1.0f) : scales_of(bytes, i);
-            w.zero_point[i] = kind == Kind::affine ? zeros_of(bytes, i, bits == 1) : _mm256_set1_ps(128.0f);
+            w.scale[i] = scales_of(bytes, i);
+            w.zero_point[i] = kind == Kind::table ? _mm256_set1_ps(128.0f) : zeros_of(bytes, i, bits == 1);
         }
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
         const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
@@ -199,6 +182,48 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         for (int t = 0; t < count; t += kTokens, w.lines = 0)
             kTiles<width>[std::min(count - t, kTokens) - 1](w, q + t * kBlock, a.scale + entry + t, sum + t,
                                                             factor, y + t * kRows);
+        bytes += size;
+    }
+    place.bytes = bytes;
+    place.cell = cell;
+}
+
+// Cells whose columns have tables of their own, of `panels` panels abreast: to bytes through the tables, of
+// which those of the fill give 0.
+template <int bits>
+BITMOSAIC_APART void walk_channels(const Matrix& m, uint32_t cells, Place& place, int panels,
+                                   const Activations& a, int first, int count, float* y, uint8_t* scratch) {
+    const __m256i as_it_is = _mm256_setzero_si256();
+    const Cell* cell = place.cell;
+    for (const Cell* end = cell + cells; cell != end; ++cell) {
+        const Segment segment = m.segment[cell->segment];
+        const size_t size = cell_bytes(Kind::channel_table, bits, segment.length);
+        const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
+        const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
+        const int32_t* sum = a.sum + static_cast<size_t>(cell->segment) * a.tokens + first;
+        Weights w;
+        w.codes = scratch;
+        w.quads = quads(segment.length);
+        for (int i = 0; i < kVectors; ++i) {
+            w.scale[i] = _mm256_set1_ps(1.0f);
+            w.zero_point[i] = _mm256_set1_ps(128.0f);
+        }
+        for (int panel = 0; panel < panels; ++panel) {
+            const uint8_t* codes = place.bytes + (place.index + panel) * size;
+            const uint8_t* tables = m.channel_codes + size_t{64} * cell->table;
+            for (int pair = 0; pair < w.quads / 2; ++pair, tables += 2 * quad_table_bytes(bits)) {
+                const QuadTables<bits> table[2] = {{tables, as_it_is},
+                                                   {tables + quad_table_bytes(bits), as_it_is}};
+                fields<bits>(codes + 64 * bits * pair, [&](int quad, int vector, __m256i f) {
+                    store(scratch + 512 * pair + 256 * quad + 32 * vector, table[quad].values(f));
+                });
+            }
+            w.next = codes + size + kAhead;
+            w.lines = (static_cast<int>(size) / kLine + 3) / 4;
+            for (int t = 0; t < count; t += kTokens, w.lines = 0)
+                kTiles<8>[std::min(count - t, kTokens) - 1](w, q + t * kBlock, a.scale + entry + t, sum + t, 1.0f,
+                                                            y + (panel * count + t) * kRows);
+        }
         place.bytes += place.abreast * size;
     }
     place.cell = cell;
@@ -208,13 +233,16 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
 
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch) {
-    const auto use = [&](auto kind, auto bits) {
+    with_quad(run, [&](auto kind, auto bits) {
         walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
-    };
-    if (run.kind == Kind::channel_table)
-        with_channels(run, use);
-    else
-        with_quad(run, use);
+    });
+}
+
+void tokens_channels(const Matrix& m, const Run& run, Place& place, int panels, const Activations& a, int first,
+                     int count, float* y, uint8_t* scratch) {
+    with_channels(run, [&](auto, auto bits) {
+        walk_channels<bits>(m, run.cells, place, panels, a, first, count, y, scratch);
+    });
 }
 
 }  // namespace bitmosaic::avx2

@@ -1,5 +1,6 @@
 // The AVX-512 levels (F, BW, VL, DQ, VNNI; and VBMI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx512.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace avx512 {
@@ -13,7 +14,7 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
         m, p, count, pass,
         [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
         [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
-        [&](const Run& run, Place& place) { tokens_run(m, run, vbmi, place, a, first, count, y, scratch); });
+        [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
 template <bool vbmi>
@@ -26,10 +27,13 @@ void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a,
             each_run_abreast(
                 m, p, abreast,
                 [&](const Run& run, Place& place, int panel) {
-                    float_run(m, run, place, a, first, 1, own + panel * kRows, scratch);
+                    float_run(m, run, place, a, first, count, own + panel * count * kRows, scratch);
                 },
                 [&](const Run& run, Place& place, int panels) {
-                    one_token_channels(m, run, vbmi, place, panels, a, first, own);
+                    if (count == 1)
+                        one_token_channels(m, run, vbmi, place, panels, a, first, own);
+                    else
+                        tokens_channels(m, run, vbmi, place, panels, a, first, count, own, scratch);
                 });
         });
 }
@@ -85,12 +89,14 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panels<false>, avx512::unpack_planes};
+    static const Level level{"avx512", avx512::quantize, avx512::panels<false>, avx512::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 
 const Level* avx512vbmi_level() {
-    static const Level level{"avx512vbmi", avx512::quantize, avx512::panels<true>, avx512::unpack_planes};
+    static const Level level{"avx512vbmi", avx512::quantize, avx512::panels<true>, avx512::unpack_planes,
+                             normalize, gate, attend};
     return &level;
 }
 

@@ -160,8 +160,10 @@ void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, co
                    float* y);
 void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
                         int token, float* y);
-void tokens_run(const Matrix& m, const Run& run, bool vbmi, Place& place, const Activations& a, int first,
-                int count, float* y, uint8_t* scratch);
+void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
+                float* y, uint8_t* scratch);
+void tokens_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
+                     int first, int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
 

@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 
-#include "linear.h"
+#include "step.h"
 
 namespace nb = nanobind;
 
@@ -145,6 +145,77 @@ void run_rows(size_t handle, uintptr_t indices, int64_t count, int64_t width, in
     rows(m, reinterpret_cast<const int64_t*>(indices), count, scalar, reinterpret_cast<void*>(y), threads);
 }
 
+const float* floats(nb::handle given, int64_t count, const char* what) {  // (address, count), or None
+    if (given.is_none()) return nullptr;
+    const auto pair = nb::cast<nb::tuple>(given);
+    expect(what, nb::cast<int64_t>(pair[1]), count);
+    return reinterpret_cast<const float*>(nb::cast<uintptr_t>(pair[0]));
+}
+
+Norm norm_of(const nb::dict& parts, const char* name, int64_t count) {
+    if (!parts.contains(name)) return {};
+    const auto pair = nb::cast<nb::tuple>(parts[name]);
+    return {floats(pair[0], count, "values of a norm"), nb::cast<float>(pair[1])};
+}
+
+Projection projection_of(const nb::dict& parts, const char* name) {
+    const auto pair = nb::cast<nb::tuple>(parts[name]);
+    Projection made{find(nb::cast<size_t>(pair[0]))};
+    made.bias = floats(pair[1], made.weight->matrix().out, "values of a bias");
+    return made;
+}
+
+Decoder decoder_of(const nb::dict& given) {
+    Decoder d;
+    d.width = nb::cast<int>(given["width"]);
+    d.heads = nb::cast<int>(given["heads"]);
+    d.key_heads = nb::cast<int>(given["key_heads"]);
+    d.head_width = nb::cast<int>(given["head_width"]);
+    d.inner = nb::cast<int>(given["inner"]);
+    d.scale = nb::cast<float>(given["scale"]);
+    d.tanh = nb::cast<bool>(given["tanh"]);
+    for (nb::handle each : nb::cast<nb::list>(given["blocks"])) {
+        const auto parts = nb::cast<nb::dict>(each);
+        Block block;
+        block.attention_norm = norm_of(parts, "attention_norm", d.width);
+        block.mlp_norm = norm_of(parts, "mlp_norm", d.width);
+        block.query_norm = norm_of(parts, "query_norm", d.head_width);
+        block.key_norm = norm_of(parts, "key_norm", d.head_width);
+        block.query = projection_of(parts, "query");
+        block.key = projection_of(parts, "key");
+        block.value = projection_of(parts, "value");
+        block.output = projection_of(parts, "output");
+        block.gate = projection_of(parts, "gate");
+        block.up = projection_of(parts, "up");
+        block.down = projection_of(parts, "down");
+        d.blocks.push_back(std::move(block));
+    }
+    d.last_norm = norm_of(given, "last_norm", d.width);
+    d.head = projection_of(given, "head");
+    d.check();
+    return d;
+}
+
+// Keys and values: an address each for every block, [key_heads, room, head_width].
+void set_cache(Decoder& d, const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values,
+               int64_t room) {
+    expect("keys of blocks", static_cast<int64_t>(keys.size()), static_cast<int64_t>(d.blocks.size()));
+    expect("values of blocks", static_cast<int64_t>(values.size()), static_cast<int64_t>(d.blocks.size()));
+    for (size_t i = 0; i < d.blocks.size(); ++i) {
+        d.blocks[i].keys = reinterpret_cast<float*>(keys[i]);
+        d.blocks[i].values = reinterpret_cast<float*>(values[i]);
+    }
+    d.room = room;
+}
+
+void run_step(const Decoder& d, uintptr_t embedding, uintptr_t cosine, uintptr_t sine, int64_t length,
+              uintptr_t logits, bool int8, int threads) {
+    nb::gil_scoped_release unlocked;
+    d.step(reinterpret_cast<const float*>(embedding), reinterpret_cast<const float*>(cosine),
+           reinterpret_cast<const float*>(sine), length, reinterpret_cast<float*>(logits),
+           int8 ? Pass::integer : Pass::exact, threads);
+}
+
 #if defined(__linux__)
 // Tell whether every page of [first, last) is as its file has it, or not in memory at all. Only then can
 // it be read from the file again: a private copy or anonymous memory would be lost.
@@ -199,6 +270,26 @@ NB_MODULE(_cpu, m) {
           nb::arg("threads"));
     m.def("rows", &run_rows, nb::arg("handle"), nb::arg("indices"), nb::arg("count"), nb::arg("width"),
           nb::arg("type"), nb::arg("y"), nb::arg("threads"));
+    nb::class_<Decoder>(m, "Decoder")
+        .def("set_cache", &set_cache, nb::arg("keys"), nb::arg("values"), nb::arg("room"))
+        .def("step", &run_step, nb::arg("embedding"), nb::arg("cosine"), nb::arg("sine"), nb::arg("length"),
+             nb::arg("logits"), nb::arg("int8"), nb::arg("threads"));
+    m.def("decoder", &decoder_of, nb::arg("given"));
+    // The parts of a step, for tests that hold them against float64.
+    m.def("normalize", [](uintptr_t x, uintptr_t weight, float epsilon, int count, uintptr_t y) {
+        level().normalize(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), epsilon,
+                          count, reinterpret_cast<float*>(y));
+    });
+    m.def("gate", [](uintptr_t x, uintptr_t up, bool tanh, int count) {
+        level().gate(reinterpret_cast<float*>(x), reinterpret_cast<const float*>(up), tanh, count);
+    });
+    m.def("attend", [](uintptr_t q, int queries, uintptr_t keys, uintptr_t values, int length, int width,
+                       float scale, uintptr_t y) {
+        std::vector<float> room(static_cast<size_t>(kTogether) * length);
+        level().attend(reinterpret_cast<const float*>(q), queries, reinterpret_cast<const float*>(keys),
+                       reinterpret_cast<const float*>(values), length, width, scale, room.data(),
+                       reinterpret_cast<float*>(y));
+    });
     m.def("page_out", &page_out, nb::arg("address"), nb::arg("size"));
     m.def("levels", &level_names);
     m.def("level", [] { return level().name; });

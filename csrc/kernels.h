@@ -71,9 +71,17 @@ struct Level {
     // bytes. Reads no byte beyond the last one that holds a code. bits 1 to 8.
     void (*unpack_planes)(const uint8_t* planes, size_t plane, int bits, size_t first, size_t count,
                           uint8_t* codes);
+
+    // What a decoding step does between its matrices (step_math.h): y = x / rms(x) * weight; x = the gated
+    // unit's act(x) * up, silu or by `tanh` gelu; attention of `queries` that share keys and values.
+    void (*normalize)(const float* x, const float* weight, float epsilon, int count, float* y);
+    void (*gate)(float* x, const float* up, bool tanh, int count);
+    void (*attend)(const float* q, int queries, const float* keys, const float* values, int length, int width,
+                   float scale, float* room, float* y);  // room: kTogether * length floats
 };
 
 constexpr size_t kScratch = 64 * 1024;
+constexpr int kTogether = 4;  // queries that `attend` takes at a time
 
 const Level& scalar_level();
 const Level* avx2_level();    // null where the build has none

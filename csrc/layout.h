@@ -74,6 +74,10 @@ struct Segment {
     uint32_t length;  // 1 to 128
 };
 
+static constexpr bool same_segment(const Segment& a, const Segment& b) {
+    return a.start == b.start && a.length == b.length;
+}
+
 struct Cell {
     uint32_t segment;
     uint32_t table;  // index of the small or wide table, place of the channel tables; 0 where there is none

@@ -8,6 +8,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "activations.h"
 #include "floats.h"
@@ -24,15 +25,22 @@ constexpr int64_t kSlab = 4 << 20;          // activations held at a time: bound
 constexpr uint64_t kPanelBytes = 192;       // what a panel costs beyond its bytes: its rows of y
 constexpr uint64_t kOutlierBytes = 12;      // an outlier takes the time of as many bytes
 
-struct Call {
+// One matrix of a call, with what it makes of x.
+struct Part {
     const Matrix& m;
-    const Activations& a;
+    const void* bias;
+    void* y;              // of the first token of the slab
+    Activations a;
+    const float* sides;   // x by columns, for outliers and more than one token
+    uint64_t before;      // cost of the parts before this one
+};
+
+struct Call {
+    const std::vector<Part>& all;
     const Level& level;
     Pass pass;
     Scalar type;
-    const void* bias;
-    void* y;                   // of the first token of the slab
-    const float* sides;        // x by columns, for outliers and more than one token
+    uint64_t cost;
     int groups, tiles, parts;  // chunk = group of panels * parts + part of the tiles
 };
 
@@ -45,14 +53,17 @@ uint64_t cost_before(const Matrix& m, uint32_t panel) {
            kOutlierBytes * outliers_before(m, panel);
 }
 
-// The first panel of group `group`, by cost.
-uint32_t first_panel(const Call& call, int group) {
-    const uint64_t cost = cost_before(call.m, call.m.panels), wanted = cost / call.groups * group;
-    if (group == call.groups) return call.m.panels;
-    uint32_t low = 0, high = call.m.panels;
+// Whether a product has work for a second thread.
+bool worth_threads(uint64_t cost, int tokens) { return cost * std::max(1, tokens / 4) >= kAlone; }
+
+// The first panel of a part that belongs to group `group`, by cost.
+uint32_t first_panel(const Call& call, const Part& part, int group) {
+    const uint64_t wanted = call.cost / call.groups * group;
+    if (group == call.groups) return part.m.panels;
+    uint32_t low = 0, high = part.m.panels;
     while (low < high) {
         const uint32_t middle = (low + high) / 2;
-        if (cost_before(call.m, middle) < wanted)
+        if (part.before + cost_before(part.m, middle) < wanted)
             low = middle + 1;
         else
             high = middle;
@@ -62,17 +73,17 @@ uint32_t first_panel(const Call& call, int group) {
 
 // Add the bias and write `count` tokens of a panel in the type and the order of y.
 template <class Type>
-void finish(const Call& call, uint32_t panel, int first, int count, float* sums) {
+void finish(const Part& part, uint32_t panel, int first, int count, float* sums) {
     using T = typename Type::Stored;
-    const size_t row = static_cast<size_t>(panel) * kRows, out = call.m.out;
+    const size_t row = static_cast<size_t>(panel) * kRows, out = part.m.out;
     const int rows = static_cast<int>(std::min<size_t>(kRows, out - row));
-    const int32_t* order = call.m.row_of == nullptr ? nullptr : call.m.row_of + row;
-    const T* bias = static_cast<const T*>(call.bias);
+    const int32_t* order = part.m.row_of == nullptr ? nullptr : part.m.row_of + row;
+    const T* bias = static_cast<const T*>(part.bias);
     float offset[kRows] = {};
     for (int i = 0; bias != nullptr && i < rows; ++i)
         offset[i] = Type::to_float(bias[order == nullptr ? row + i : order[i]]);
     for (int t = 0; t < count; ++t, sums += kRows) {
-        T* y = static_cast<T*>(call.y) + (first + t) * out;
+        T* y = static_cast<T*>(part.y) + (first + t) * out;
         if (bias != nullptr)
             for (int i = 0; i < kRows; ++i) sums[i] += offset[i];
         if (order == nullptr)
@@ -82,18 +93,18 @@ void finish(const Call& call, uint32_t panel, int first, int count, float* sums)
     }
 }
 
-void finish(const Call& call, uint32_t panel, int first, int count, float* sums) {
-    if (call.type == Scalar::f32)
-        finish<Single>(call, panel, first, count, sums);
-    else if (call.type == Scalar::bf16)
-        finish<Bfloat>(call, panel, first, count, sums);
+void finish(const Part& part, Scalar type, uint32_t panel, int first, int count, float* sums) {
+    if (type == Scalar::f32)
+        finish<Single>(part, panel, first, count, sums);
+    else if (type == Scalar::bf16)
+        finish<Bfloat>(part, panel, first, count, sums);
     else
-        finish<Half>(call, panel, first, count, sums);
+        finish<Half>(part, panel, first, count, sums);
 }
 
 // Panels [begin, end) times a tile of tokens. Outliers come after several panels where there is room for
 // their sums: x, 16 KB a token, is then fetched into L1 once for all, not once a panel.
-void multiply(const Call& call, uint32_t begin, uint32_t end, int first, int count) {
+void multiply(const Call& call, const Part& part, uint32_t begin, uint32_t end, int first, int count) {
     alignas(64) uint8_t scratch[kScratch];
     alignas(64) float sums[kTile * kRows];
     const uint32_t together = static_cast<uint32_t>(kTile / count);
@@ -101,37 +112,54 @@ void multiply(const Call& call, uint32_t begin, uint32_t end, int first, int cou
     for (; begin < end; begin += together) {
         const uint32_t stop = std::min(begin + together, end);
         std::fill(sums, of(stop), 0.0f);
-        call.level.panels(call.m, begin, stop, call.a, first, count, call.pass, sums, scratch);
-        for (uint32_t p = begin; call.m.outlier_end != nullptr && p < stop; ++p)
-            add_outliers(call.m, p, call.a, call.sides, first, count, of(p));
-        for (uint32_t p = begin; p < stop; ++p) finish(call, p, first, count, of(p));
+        call.level.panels(part.m, begin, stop, part.a, first, count, call.pass, sums, scratch);
+        for (uint32_t p = begin; part.m.outlier_end != nullptr && p < stop; ++p)
+            add_outliers(part.m, p, part.a, part.sides, first, count, of(p));
+        for (uint32_t p = begin; p < stop; ++p) finish(part, call.type, p, first, count, of(p));
     }
 }
 
 void run_chunk(void* context, int chunk) {
     const Call& call = *static_cast<const Call*>(context);
-    const int group = chunk / call.parts, part = chunk % call.parts, tokens = call.a.tokens;
-    const uint32_t begin = first_panel(call, group), end = first_panel(call, group + 1);
+    const int group = chunk / call.parts, share = chunk % call.parts, tokens = call.all[0].a.tokens;
     const auto edge = [&](int64_t tile) {  // the first token of a tile, on a side
         const int64_t sides = (tokens + kSide - 1) / kSide;
         return std::min(tokens, static_cast<int>(sides * tile / call.tiles) * kSide);
     };
-    for (int tile = call.tiles * part / call.parts; tile < call.tiles * (part + 1) / call.parts; ++tile)
-        multiply(call, begin, end, edge(tile), edge(tile + 1) - edge(tile));
+    for (const Part& part : call.all) {
+        const uint32_t begin = first_panel(call, part, group), end = first_panel(call, part, group + 1);
+        for (int tile = call.tiles * share / call.parts; tile < call.tiles * (share + 1) / call.parts; ++tile)
+            multiply(call, part, begin, end, edge(tile), edge(tile + 1) - edge(tile));
+    }
 }
 
-void run_slab(const Matrix& m, const void* x, Scalar type, int tokens, const void* bias, void* y, Pass pass,
-              int threads) {
-    static thread_local Activated activated;
-    const uint64_t cost = cost_before(m, m.panels);
-    if (cost * std::max(1, tokens / 4) < kAlone) threads = 1;
-    const Activations& a = activated(m, x, type, tokens, pass, threads);
-    Call call{m, a, level(), pass, type, bias, y, activated.sides(), 1, (tokens + kTile - 1) / kTile, 1};
+// The products of one slab of tokens, whose activations are there already.
+void run_slab(const std::vector<Part>& all, Scalar type, Pass pass, int threads) {
+    const int tokens = all[0].a.tokens;
+    const uint64_t cost = all.back().before + cost_before(all.back().m, all.back().m.panels);
+    uint32_t panels = 0;
+    for (const Part& part : all) panels += part.m.panels;
+    if (!worth_threads(cost, tokens)) threads = 1;
+    Call call{all, level(), pass, type, cost, 1, (tokens + kTile - 1) / kTile, 1};
     const int wanted = threads > 1 ? 4 * threads : 1;
     const int fitting = call.tiles > 1 ? static_cast<int>(std::min<uint64_t>(cost / kGroup, 1 << 20)) : 1;
-    call.groups = std::min<int>(std::max(wanted, fitting), static_cast<int>(m.panels));
+    call.groups = std::min<int>(std::max(wanted, fitting), static_cast<int>(panels));
     if (call.groups < wanted) call.parts = std::min(call.tiles, (wanted + call.groups - 1) / call.groups);
     parallel(call.groups * call.parts, threads, run_chunk, &call);
+}
+
+bool same_segments(const Matrix& a, const Matrix& b) {
+    return a.segments == b.segments && std::equal(a.segment, a.segment + a.segments, b.segment, same_segment);
+}
+
+// The activations of one slab for one matrix; each calling thread keeps its last.
+const Activations& activate(const Matrix& m, const void* x, Scalar type, int tokens, Pass pass, int threads,
+                            const float*& sides) {
+    static thread_local Activated activated;
+    if (!worth_threads(cost_before(m, m.panels), tokens)) threads = 1;
+    const Activations& a = activated(m, x, type, tokens, pass, threads);
+    sides = activated.sides();
+    return a;
 }
 
 }  // namespace
@@ -140,10 +168,34 @@ void linear(const Matrix& m, const void* x, Scalar type, int64_t tokens, const v
             int threads) {
     const size_t size = type == Scalar::f32 ? 4 : 2;
     const int64_t slab = std::max<int64_t>(kTile, kSlab / m.in / kTile * kTile);
+    static thread_local std::vector<Part> all;
     for (int64_t first = 0; first < tokens; first += slab) {
         const int here = static_cast<int>(std::min(slab, tokens - first));
-        run_slab(m, static_cast<const uint8_t*>(x) + first * m.in * size, type, here, bias,
-                 static_cast<uint8_t*>(y) + first * m.out * size, pass, threads);
+        const float* sides = nullptr;
+        const void* from = static_cast<const uint8_t*>(x) + first * m.in * size;
+        const Activations& a = activate(m, from, type, here, pass, threads, sides);
+        all.clear();
+        all.push_back({m, bias, static_cast<uint8_t*>(y) + first * m.out * size, a, sides, 0});
+        run_slab(all, type, pass, threads);
+    }
+}
+
+void linear_of_one(const Product* products, int count, const float* x, Pass pass, int threads) {
+    static thread_local std::vector<Part> all;
+    const auto shares = [](const Matrix& m, const Matrix& with) {
+        return m.in == with.in && m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
+    };
+    for (int first = 0, end; first < count; first = end) {
+        all.clear();
+        uint64_t cost = 0;
+        for (end = first; end < count && (end == first || shares(products[end].m, products[first].m)); ++end) {
+            const Product& each = products[end];
+            const float* sides = nullptr;
+            const Activations& a = activate(each.m, x, Scalar::f32, 1, pass, threads, sides);
+            all.push_back({each.m, each.bias, each.y, a, sides, cost});
+            cost += cost_before(each.m, each.m.panels);
+        }
+        run_slab(all, Scalar::f32, pass, threads);
     }
 }
 

@@ -86,7 +86,7 @@ static void each_run(const Matrix& m, uint32_t p, int count, Pass pass, Floats f
     }
 }
 
-// The same of one token and `panels` panels abreast from `p` on, by floats(run, place, panel), which takes one
+// The same in integers of `panels` panels abreast from `p` on, by floats(run, place, panel), which takes one
 // of them, and channels(run, place, panels), which takes all, cell by cell.
 template <class Floats, class Channels>
 static void each_run_abreast(const Matrix& m, uint32_t p, int panels, Floats floats, Channels channels) {
@@ -107,12 +107,12 @@ static void each_run_abreast(const Matrix& m, uint32_t p, int panels, Floats flo
     }
 }
 
-// Call one(p, y) for each panel, or together(p, panels, y) for those abreast where one token meets tables that
-// they share; y is what belongs to panel p of y [panels][count][64].
+// Call one(p, y) for each panel, or together(p, panels, y) for those abreast where int8 tables are shared; y is
+// what belongs to panel p of y [panels][count][64].
 template <class One, class Together>
 static void each_panel(const Matrix& m, uint32_t begin, uint32_t end, int count, Pass pass, float* y, One one,
                        Together together) {
-    const bool shared = m.abreast > 1 && count == 1 && pass == Pass::integer;
+    const bool shared = m.abreast > 1 && pass == Pass::integer;
     for (uint32_t p = begin, next; p < end; y += size_t{next - p} * count * kRows, p = next) {
         next = p + 1;
         if (!shared) {

@@ -7,6 +7,7 @@
 
 #include "cells.h"
 #include "kernels.h"
+#include "step_math.h"
 
 namespace bitmosaic {
 namespace {
@@ -118,7 +119,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace
 
 const Level& scalar_level() {
-    static const Level level{"scalar", quantize, panels, unpack_planes};
+    static const Level level{"scalar", quantize, panels, unpack_planes, normalize, gate, attend};
     return level;
 }
 

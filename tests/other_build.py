@@ -1,19 +1,20 @@
-"""A pytest plugin: run the tests on another build of the native kernels (`make sanitize`).
+"""A pytest plugin: run the tests on another build of the compiled modules (`make sanitize`).
 
-    BITMOSAIC_CPU_MODULE=build/sanitize/_cpu.so python -m pytest -p other_build tests/kernels
+    BITMOSAIC_BUILD=build/sanitize python -m pytest -p other_build tests/kernels
 
-The build named is imported here, before bitmosaic can import its own.
+The modules of that directory are imported here, before bitmosaic can import its own.
 """
 
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
-spec = importlib.util.spec_from_file_location(
-    "bitmosaic.backends._cpu", os.environ["BITMOSAIC_CPU_MODULE"]
-)
-assert spec is not None
-assert spec.loader is not None
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
+for name in ("bitmosaic.backends._cpu", "bitmosaic._kmeans"):
+    (path,) = Path(os.environ["BITMOSAIC_BUILD"]).glob(f"{name.rpartition('.')[2]}.*so")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)

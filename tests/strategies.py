@@ -15,7 +15,7 @@ from torch import Tensor
 from bitmosaic import checkpoint, formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.rounding import encode_nearest, nearest
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
 from bitmosaic.tiling import grid_shape
 
 THIRD_PARTY = {"nv": "families.nv", "learned": "families.learned"}
@@ -116,7 +116,7 @@ def layers(draw: st.DrawFn, names: tuple[str, ...]) -> LayerAllocation:
 
 
 def packed_tensors() -> dict[str, QuantizedTensor]:
-    """Make three packed weights that use every stored array of the built-in formats."""
+    """Make four packed weights that use every stored array of the built-in formats."""
     mixed = random_layer(
         2,
         (24, 70),
@@ -127,6 +127,8 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
     )
     weight = weights(1, mixed.shape)
     plain = random_layer(2, (16, 32), (16, 32), ("int4-g128",))
+    few = torch.arange(16 * 128).reshape(16, 128) % 397 == 5
+    residual = nearest(weights(4, (16, 128)), random_layer(4, (16, 128), (16, 128), ("int2-g32",)))
     halves = random_layer(3, (10, 40), (5, 8), ("int2-g8", "fp8-e5m2-tensor"))
     return {
         "layer.mixed": pack(
@@ -141,6 +143,7 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
         ),
         "layer.plain": nearest(weights(2, plain.shape), plain),
         "layer.halves": nearest(weights(3, halves.shape), halves),
+        "layer.residual": with_residuals(residual, few.to(torch.int8) * -90, few, 0.0625, 9),
     }
 
 

@@ -17,11 +17,22 @@ of Algorithms 12, 1991.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+
+try:
+    import bitmosaic._kmeans as _native
+except ImportError as error:
+    _MISSING: str | None = str(error)
+else:
+    _MISSING = None
+
+logger = logging.getLogger(__name__)
 
 LLOYD_STEPS = 50
 _CHUNK_VALUES = 1 << 19
@@ -48,10 +59,10 @@ def optimal(
     _check(values, weights)
     if count < 2 or count % 2:
         raise ValueError(f"count must be even and at least 2, not {count}. Use a power of two.")
-    found = []
-    for line in _lines(values, weights):
-        found.append(line.centres(_optimal_cuts(line, count)))
-    return torch.cat(found)
+    if not _is_missing():
+        return _native_centres(values, count, weights, None, LLOYD_STEPS, optimal=True)
+    parts = _lines(values, weights)
+    return torch.cat([line.centres(_optimal_cuts(line, count)) for line in parts])
 
 
 def lloyd(
@@ -66,10 +77,12 @@ def lloyd(
     A cluster that is empty keeps its centre.  Raises ValueError as `optimal` does.
     """
     _check(values, weights)
+    if not _is_missing():
+        return _native_centres(values, count, weights, start, steps, optimal=False)
     found, row = [], 0
     for line in _lines(values, weights):
         rows = line.values.shape[0]
-        begin = line.quantiles(count) if start is None else start[row : row + rows].double()
+        begin = line.quantiles(count) if start is None else start[row : row + rows].float().double()
         found.append(_lloyd(line, begin, steps))
         row += rows
     return torch.cat(found).to(torch.float32)
@@ -86,6 +99,40 @@ def _check(values: Tensor, weights: Tensor | None) -> None:
         raise ValueError("weights must be finite and at least 0. Check the statistics.")
 
 
+@functools.cache
+def _is_missing() -> bool:
+    """Whether torch has to do without the compiled module; said once."""
+    if _MISSING is not None:
+        logger.warning(
+            "Codebooks are fitted by torch, some ten times slower than natively: bitmosaic._kmeans "
+            "was not built (%s). Install a C++ compiler, then install bitmosaic again.",
+            _MISSING,
+        )
+    return _MISSING is not None
+
+
+def _native_centres(
+    values: Tensor,
+    count: int,
+    weights: Tensor | None,
+    start: Tensor | None,
+    steps: int,
+    *,
+    optimal: bool,
+) -> Float[Tensor, "rows centres"]:
+    """Find the same centres in C++."""
+    given = [
+        None if part is None else part.float().contiguous() for part in (values, weights, start)
+    ]
+    rows, length = values.shape
+    centres = torch.empty((rows, count), dtype=torch.float32)
+    first, second, third = (0 if part is None else part.data_ptr() for part in given)
+    sizes = (rows, length, count, steps)
+    threads = torch.get_num_threads()
+    _native.run(optimal, first, second, third, centres.data_ptr(), *sizes, threads)
+    return centres
+
+
 @dataclass(frozen=True)
 class _Line:
     """Sorted rows and their prefix sums, all in float64; sums are of values less the row's mean."""
@@ -98,12 +145,13 @@ class _Line:
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor | None) -> _Line:
-        ordered, order = values.double().contiguous().sort(dim=1)
-        mass = torch.ones_like(ordered) if weights is None else weights.double().gather(1, order)
-        total = mass.sum(1, keepdim=True).clamp_(min=_TINY)
-        return cls._summed(
-            ordered.contiguous(), mass, (mass * ordered).sum(1, keepdim=True) / total
-        )
+        # +0 for -0: they are one value.
+        ordered, order = (values.float() + 0.0).contiguous().sort(dim=1, stable=True)
+        ordered = ordered.double().contiguous()
+        mass = torch.ones_like(ordered) if weights is None else weights.float().double()
+        mass = mass if weights is None else mass.gather(1, order)
+        moment = _total(mass * ordered)
+        return cls._summed(ordered, mass, moment / _total(mass).clamp_(min=_TINY))
 
     @classmethod
     def _summed(cls, values: Tensor, mass: Tensor, mean: Tensor) -> _Line:
@@ -150,11 +198,16 @@ class _Line:
         """Return the weighted squared error of each row's clusters."""
         gain = self.sums.gather(1, cuts).diff(dim=1).square()
         mass = self.masses.gather(1, cuts).diff(dim=1)
-        return self.squares[:, -1] - (gain / mass.clamp(min=_TINY)).sum(1)
+        return self.squares[:, -1] - _total(gain / mass.clamp(min=_TINY))[:, 0]
 
 
 def _prefix(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values.cumsum(1), (1, 0))
+
+
+def _total(values: Tensor) -> Tensor:
+    """Sum rows from the first value to the last; torch.sum has an order of its own."""
+    return values.cumsum(1)[:, -1:]
 
 
 def _lines(values: Tensor, weights: Tensor | None) -> list[_Line]:
@@ -184,28 +237,34 @@ def _optimal_cuts(line: _Line, count: int) -> Int[Tensor, "rows cuts"]:
     allowed = (known + _SLACK * line.squares[:, -1]).clamp_(min=0)[:, None]
     left, right = (_Half(side, count // 2, allowed) for side in (line, line.flipped()))
     length = line.values.shape[1]
-    first, last = length - right.stop, left.stop  # the middle cuts that both sides allow
-    total = left.gain[:, first:] + right.gain[:, length - last :].flip(1)
-    middle = total.argmax(1, keepdim=True) + first
+    first, last = length - int(right.stop.max()), int(left.stop.max())
+    place = torch.arange(first, last + 1)
+    total = left.gain[:, first : last + 1] + right.gain[:, length - last : length - first + 1].flip(
+        1
+    )
+    both = (place <= left.stop) & (length - place <= right.stop)
+    middle = torch.where(both, total, -torch.inf).argmax(1, keepdim=True) + first
     return torch.cat([left.cuts(middle), length - right.cuts(length - middle).flip(1)[:, 1:]], 1)
 
 
 class _Half:
     """The best `count` clusters of every prefix that is not given up.
 
+    A row's cuts depend on that row alone, rounding included; what arrays hold beyond its `stop`
+    plays no part.
+
     Attributes:
-        stop: the longest prefix kept.
-        gain: [rows, stop + 1], what the best clusters of each prefix save.
+        stop: [rows, 1], the longest prefix kept.
+        gain: [rows, values + 1], what the best clusters of each prefix save.
     """
 
     def __init__(self, line: _Line, count: int, allowed: Tensor) -> None:
         self.line, self.allowed = line, allowed
-        self.stop = line.values.shape[1]
         self.gain = line.sums.square() / line.masses.clamp(min=_TINY)
+        kept = (line.squares - self.gain <= allowed).sum(1, keepdim=True)
+        self.stop = kept.clamp_(min=1) - 1
         self._last: list[Tensor] = []
-        one = torch.zeros((line.values.shape[0], 1), dtype=torch.int32)
-        best = one.expand(-1, self.stop + 1)
-        self._shorten((line.squares - self.gain <= allowed).sum(1))
+        best = torch.zeros(self.gain.shape, dtype=torch.int32)
         for _ in range(count - 1):
             best = self._add(best)
             self._last.append(best)
@@ -218,44 +277,44 @@ class _Half:
         found.append(torch.zeros_like(end))
         return torch.cat(found[::-1], dim=1)
 
-    def _shorten(self, kept: Tensor) -> None:
-        """Drop the prefixes that all rows give up: those beyond the first `kept` of them."""
-        self.stop = min(self.stop, max(int(kept.max()), 1) - 1)
-        self.gain = self.gain[:, : self.stop + 1]
-
     def _add(self, before: Tensor) -> Tensor:
         """Add a cluster to all prefixes; return the last cut of each.
 
         `before` are the last cuts with a cluster less, which bound the new ones from below.
         """
-        line, reach = self.line, self.stop
+        line, reach = self.line, self.stop.int()
         rows, ends = line.sums.shape
-        before = torch.cat([before, before[:, -1:].expand(-1, ends - before.shape[1])], dim=1)
-        table = _Table(self.gain, line.sums[:, : reach + 1], line.masses[:, : reach + 1])
-        gain = torch.zeros((rows, ends), dtype=torch.float64)
-        best = torch.zeros((rows, ends), dtype=torch.int32)
-        stop, stride = ends - 1, 1 << ((ends - 1).bit_length() - 1)
+        beyond = torch.arange(ends, dtype=torch.int32) > reach
+        before = torch.where(beyond, before.gather(1, self.stop), before)
+        table = _Table(self.gain, line.sums, line.masses)
+        gain, best = torch.zeros_like(self.gain), torch.zeros_like(before)
+        stop = torch.full((rows, 1), ends - 1)
+        stride = 1 << ((ends - 1).bit_length() - 1)
         while stride:
-            at = torch.arange(stride, stop + 1, 2 * stride)
-            if not at.numel():
-                stride //= 2
-                continue
-            here = slice(stride, stop + 1, 2 * stride)
-            low = torch.maximum(best[:, 0 : stop + 1 - stride : 2 * stride], before[:, here])
-            high = at.clamp(max=reach).to(torch.int32).repeat(rows, 1)
-            bounded = int((at + stride < ends).sum())
-            above = best[:, 2 * stride :: 2 * stride][:, :bounded]
-            high[:, :bounded] = torch.minimum(high[:, :bounded], above)
-            # Rounding may put two equally good cuts the wrong way round.
-            high = torch.maximum(high, low)
-            found = table.search(low, high, line.sums[:, here], line.masses[:, here])
-            gain[:, here], best[:, here] = found
-            fits = (line.squares[:, here] - found[0] <= self.allowed).sum(1)
-            if int(fits.max()) < at.numel():
-                stop = int(at[int(fits.max())]) - 1
+            at = torch.arange(stride, int(stop.max()) + 1, 2 * stride)
+            if at.numel():
+                here = slice(stride, int(at[-1]) + 1, 2 * stride)
+                low = torch.maximum(best[:, 0 : here.stop - stride : 2 * stride], before[:, here])
+                low = torch.minimum(low, reach)
+                high = torch.minimum(at.int(), reach)
+                bounded = int((at + stride < ends).sum())
+                above = best[:, 2 * stride :: 2 * stride][:, :bounded]
+                high[:, :bounded] = torch.minimum(high[:, :bounded], above)
+                # Rounding may put two equally good cuts the wrong way round.
+                high = torch.maximum(high, low)
+                found = table.search(low, high, line.sums[:, here], line.masses[:, here])
+                gain[:, here], best[:, here] = found
+                stop = self._shorten(stop, at, line.squares[:, here] - found[0])
             stride //= 2
-        self.gain, self.stop = gain[:, : stop + 1], stop
-        return best[:, : stop + 1]
+        self.gain, self.stop = gain, stop
+        return best
+
+    def _shorten(self, stop: Tensor, at: Tensor, loss: Tensor) -> Tensor:
+        """End each row's prefixes before the first of the ends `at` that loses too much."""
+        within = at <= stop
+        fits = (within & (loss <= self.allowed)).sum(1, keepdim=True)
+        first = at[fits.clamp(max=at.numel() - 1)]
+        return torch.where(fits < within.sum(1, keepdim=True), first - 1, stop)
 
 
 class _Table:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
 from bitmosaic.formats.base import largest_magnitude, packed_bytes
+from bitmosaic.residuals import read_stream, stream_bytes, write_stream
 from bitmosaic.tiling import Section, grid_shape, pack_planes, sections, unpack_planes
 
 ARRAYS = (
@@ -30,10 +31,15 @@ ARRAYS = (
     "outlier_values",
     "outlier_columns",
     "outlier_counts",
+    "outlier_stream",
 )
 """Names of the stored arrays; an empty array is not stored."""
 
 OUTLIER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types of outliers whose values are stored as they are."""
+RESIDUAL = "int8"
+"""Outliers stored as int8 residuals with gaps, in `outlier_stream`."""
+OUTLIER_FORMATS = (*OUTLIER_DTYPES, RESIDUAL)
 
 Quantizer = Callable[[Section, Tensor, Tensor | None], tuple[Tensor, Parameters]]
 """(section, tiles [tiles, rows, columns], importance or None) -> (codes, parameters), grouped."""
@@ -51,7 +57,7 @@ class QuantizedTensor:
         shape: (out, in) of the weight.
         tile: (rows, columns) of a full tile.
         formats: the formats in use; the tile map holds indices into it.
-        outlier_format: key of OUTLIER_DTYPES for the outlier values.
+        outlier_format: one of OUTLIER_FORMATS.
         codes: bit-planes of all tiles, section by section.
         scales: group scales, section by section, each in its format's scale type.
         zero_points: bit-planes of the integer zero points, section by section.
@@ -63,6 +69,7 @@ class QuantizedTensor:
         outlier_values: full-precision entries that replace the decoded ones, row by row.
         outlier_columns: their in_channels in original order, ascending in a row.
         outlier_counts: how many of them each out_channel has, uint16 or int32.
+        outlier_stream: in place of these three, outliers in two bytes each (`residuals`).
     """
 
     shape: tuple[int, int]
@@ -80,6 +87,7 @@ class QuantizedTensor:
     outlier_values: Tensor | None = None
     outlier_columns: Tensor | None = None
     outlier_counts: Tensor | None = None
+    outlier_stream: Tensor | None = None
 
     def arrays(self) -> dict[str, Tensor]:
         """The arrays a file stores, by name; empty ones are left out."""
@@ -133,17 +141,62 @@ class QuantizedTensor:
                 continue
             value = section.format.decode(codes, parameters)
             section.scatter(weight, section.ungroup(value) * scales[section.format_index])
-        if self.in_permutation is not None:
-            weight = weight[:, invert(self.in_permutation.long())]
-        if self.out_permutation is not None:
-            weight = weight[invert(self.out_permutation.long())]
+        weight = self._restored(weight)
         if self.outlier_values is not None:
             rows, columns = self.outlier_positions()
             weight[rows, columns] = self.outlier_values.to(torch.float32)
+        elif self.outlier_stream is not None:
+            places, residuals, step = read_stream(self.outlier_stream)
+            weight.view(-1)[places] += residuals.float() * step * self.units().view(-1)[places]
         return weight.to(dtype)
+
+    def units(self) -> Float[Tensor, "out in"]:
+        """Scale of each weight's group times its tensor scale, in original order."""
+        scales = self.tensor_scales.clone().view(torch.float32).tolist()
+        units = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        for section, codes, parameters in self.sections():
+            unit = torch.ones((), device=self.device).expand(codes.shape)
+            if parameters.scale is not None:
+                unit = parameters.scale[..., None].expand(codes.shape)
+            section.scatter(units, section.ungroup(unit) * scales[section.format_index])
+        return self._restored(units)
+
+    def with_plain_outliers(self) -> QuantizedTensor:
+        """Return a tensor of the same values whose outliers, if any, are stored as they are."""
+        if self.outlier_stream is None:
+            return self
+        rows, columns = self.outlier_positions()
+        bare = self.without_outliers()
+        if not rows.numel():
+            return bare
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        mask[rows, columns] = True
+        return with_outliers(bare, self.dequantize(), mask, "fp32")
+
+    def without_outliers(self) -> QuantizedTensor:
+        """Return the tensor as it is but for its outliers."""
+        return replace(
+            self,
+            outlier_format="fp16",
+            outlier_values=None,
+            outlier_columns=None,
+            outlier_counts=None,
+            outlier_stream=None,
+        )
+
+    def _restored(self, matrix: Tensor) -> Tensor:
+        """Undo the orders in which a matrix is stored."""
+        if self.in_permutation is not None:
+            matrix = matrix[:, invert(self.in_permutation.long())]
+        if self.out_permutation is not None:
+            matrix = matrix[invert(self.out_permutation.long())]
+        return matrix
 
     def outlier_positions(self) -> tuple[Int[Tensor, " outliers"], Int[Tensor, " outliers"]]:
         """Rows and columns of the outliers in original order."""
+        if self.outlier_stream is not None:
+            places = read_stream(self.outlier_stream)[0]
+            return places // self.shape[1], places % self.shape[1]
         assert self.outlier_counts is not None
         assert self.outlier_columns is not None
         counts = self.outlier_counts.long()
@@ -195,9 +248,14 @@ def predict_bytes(
 
 
 def outlier_bytes(shape: tuple[int, int], count: int, outlier_format: str = "fp16") -> int:
-    """Bytes of `count` outliers: values, columns, and the number in each row."""
+    """Bytes of `count` outliers: values, columns, and the number in each row.
+
+    For residuals, of as many pairs of bytes: gaps take more than one where outliers lie far apart.
+    """
     if not count:
         return 0
+    if outlier_format == RESIDUAL:
+        return stream_bytes(count)
     each = OUTLIER_DTYPES[outlier_format].itemsize + index_dtype(shape[1]).itemsize
     return count * each + shape[0] * index_dtype(shape[1] + 1).itemsize
 
@@ -332,6 +390,19 @@ def with_outliers(
         outlier_columns=store_indices(columns, tensor.shape[1]),
         outlier_counts=store_indices(counts, tensor.shape[1] + 1),
     )
+
+
+def with_residuals(
+    tensor: QuantizedTensor,
+    codes: Int8[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+    step: float,
+    pairs: int,
+) -> QuantizedTensor:
+    """Add residuals to the marked entries, in original order, in room for so many pairs."""
+    positions = mask.flatten().nonzero()[:, 0]
+    stream = write_stream(positions, codes[mask], step, stream_bytes(pairs))
+    return replace(tensor, outlier_format=RESIDUAL, outlier_stream=stream)
 
 
 class _Writer:

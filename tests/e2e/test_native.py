@@ -130,13 +130,13 @@ def test_torch_is_given_its_threads_back() -> None:
     torch.set_num_threads(3)
     try:
         with cpu.torch_alone():
-            assert (torch.get_num_threads(), cpu._threads()) == (1, 3)
+            assert (torch.get_num_threads(), cpu.threads()) == (1, 3)
             with cpu.torch_alone():
-                assert cpu._threads() == 3
-            assert (torch.get_num_threads(), cpu._threads()) == (1, 3)
-        assert (torch.get_num_threads(), cpu._threads()) == (3, 3)
+                assert cpu.threads() == 3
+            assert (torch.get_num_threads(), cpu.threads()) == (1, 3)
+        assert (torch.get_num_threads(), cpu.threads()) == (3, 3)
         with pytest.raises(KeyError), cpu.torch_alone():
             raise KeyError
-        assert (torch.get_num_threads(), cpu._threads()) == (3, 3)
+        assert (torch.get_num_threads(), cpu.threads()) == (3, 3)
     finally:
         torch.set_num_threads(threads)

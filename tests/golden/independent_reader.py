@@ -108,15 +108,15 @@ def boxes(described: dict[str, Any], places: np.ndarray) -> list[tuple[slice, sl
 
 def decode_tile(
     form: dict[str, Any], streams: dict[str, Stream], rows: int, columns: int
-) -> np.ndarray:
-    """Decode the next tile of a format up to its tensor scale (6, 10)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode the next tile of a format up to its tensor scale: values and scales (6, 10)."""
     codes = streams["codes"].planes(form["bits"], rows * columns)
     grid = form["grid"]
     if grid is None:  # learned (7.4)
         grid = streams["grids"].take(2 * 2 ** form["bits"]).view("<f2").astype("f4")
     value = grid[codes].reshape(rows, columns)
     if not form["scale"]:
-        return value
+        return value, np.ones_like(value)
     group = form["group"] or columns
     groups = -(-columns // group)
     scale = streams["scales"].take(2 * rows * groups).view("<f2").astype("f4")
@@ -125,7 +125,36 @@ def decode_tile(
         zero = streams["zero_points"].planes(form["bits"], rows * groups)
     zero = np.broadcast_to(np.float32(zero), rows * groups).reshape(rows, groups)
     spread = np.arange(columns) // group  # group of each column
-    return (value - zero[:, spread]) * scale.reshape(rows, groups)[:, spread]
+    scale = scale.reshape(rows, groups)[:, spread]
+    return (value - zero[:, spread]) * scale, scale
+
+
+def residuals(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Read outliers of two bytes: places in raster order, and residuals in units (9.2)."""
+    step, count = stream[:4].view("<f4")[0], int(stream[4:8].view("<u4")[0])
+    codes, gaps = stream[8 : 8 + count].view("i1"), stream[8 + count :]
+    places, place = [], -1
+    for gap in gaps.tolist():
+        place += 255 if gap == 255 else gap + 1
+        if gap < 255:
+            places.append(place)
+    assert len(places) == count
+    return np.array(places, int), codes.astype("f4") * step
+
+
+def put_outliers(
+    described: dict[str, Any], arrays: dict[str, np.ndarray], weight: np.ndarray, units: np.ndarray
+) -> None:
+    """Add the residuals of a decoded weight, or replace its outliers (9)."""
+    if "outlier_stream" in arrays:
+        places, moved = residuals(arrays["outlier_stream"])
+        weight.reshape(-1)[places] += moved * units.reshape(-1)[places]
+    if "outlier_counts" in arrays:  # (9.1)
+        values = arrays["outlier_values"]
+        if described["outlier_format"] == "bf16":
+            values = float_grid("bf16")[values]
+        lines = np.repeat(np.arange(weight.shape[0]), arrays["outlier_counts"])
+        weight[lines, arrays["outlier_columns"]] = values
 
 
 def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -134,24 +163,24 @@ def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarr
     places = tile_map(described, arrays, -(-height // tile_rows) * -(-width // tile_columns))
     streams = {key: Stream(arrays.get(key)) for key in STREAMS}
     weight = np.zeros((height, width), np.float32)
+    units = np.zeros_like(weight)
     for index, name in enumerate(described["formats"]):
         form = read_format(name)
         scale = arrays["tensor_scales"].view("<f4")[index]
         for rows, columns in boxes(described, np.flatnonzero(places == index)):
+            box = weight[rows, columns]
+            units[rows, columns] = scale
             if form["bits"]:  # else zeros, and nothing stored
-                box = weight[rows, columns]
-                box[:] = decode_tile(form, streams, *box.shape) * scale
+                value, unit = decode_tile(form, streams, *box.shape)
+                box[:], units[rows, columns] = value * scale, unit * scale
     assert not any(stream.rest.size for stream in streams.values())
     if "in_permutation" in arrays:  # new position -> old index (8)
-        weight[:, arrays["in_permutation"]] = weight.copy()
+        for matrix in (weight, units):
+            matrix[:, arrays["in_permutation"]] = matrix.copy()
     if "out_permutation" in arrays:
-        weight[arrays["out_permutation"]] = weight.copy()
-    if "outlier_counts" in arrays:  # (9)
-        values = arrays["outlier_values"]
-        if described["outlier_format"] == "bf16":
-            values = float_grid("bf16")[values]
-        lines = np.repeat(np.arange(height), arrays["outlier_counts"])
-        weight[lines, arrays["outlier_columns"]] = values
+        for matrix in (weight, units):
+            matrix[arrays["out_permutation"]] = matrix.copy()
+    put_outliers(described, arrays, weight, units)
     return weight
 
 

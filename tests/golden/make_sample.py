@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint
+from bitmosaic.residuals import gap_bytes
 from bitmosaic.rounding import encode_nearest
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
 from bitmosaic.tiling import grid_shape
 
 
@@ -118,7 +119,39 @@ def codebooks() -> dict[str, QuantizedTensor]:
     }
 
 
-SAMPLES = {"sample-v1": sample, "sample-v1-codebooks": codebooks}
+def with_sixteenths(tensor: QuantizedTensor, every: int, spare: int = 0) -> QuantizedTensor:
+    """Move every so many-th entry by sixteenths of its unit, towards where it came from."""
+    mask = torch.arange(tensor.shape[0] * tensor.shape[1]).reshape(tensor.shape) % every == 3
+    off = (weight(*tensor.shape) - tensor.dequantize()) / tensor.units()
+    codes = (off * 16).round().clamp(-127, 127).to(torch.int8)
+    places = mask.flatten().nonzero()[:, 0]
+    pairs = -(-(places.numel() + gap_bytes(places)) // 2) + spare
+    return with_residuals(tensor, codes, mask, 1 / 16, pairs)
+
+
+def residuals() -> dict[str, QuantizedTensor]:
+    """Outliers in two bytes: near ones, far ones, orders to undo, groups, units without a scale."""
+    return {
+        "near": with_sixteenths(make((21, 75), (4, 16), ("int2-g16", "int3")), 7),
+        "far": with_sixteenths(make((16, 200), (16, 200), ("int2-g64",)), 701, spare=2),
+        "moved": with_sixteenths(
+            make(
+                (13, 40),
+                (3, 16),
+                ("int2-g8", "fp8-e4m3-tensor", "bf16", "pruned", "codebook2"),
+                in_permutation=order(40, 7),
+                out_permutation=order(13, 5),
+            ),
+            11,
+        ),
+    }
+
+
+SAMPLES = {
+    "sample-v1": sample,
+    "sample-v1-codebooks": codebooks,
+    "sample-v1-residuals": residuals,
+}
 
 
 def write(directory: Path) -> None:

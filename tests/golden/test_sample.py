@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitmosaic import checkpoint, formats
+from bitmosaic.residuals import read_stream, write_stream
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import ARRAYS, QuantizedTensor, pack
 from golden import independent_reader, make_sample
@@ -130,3 +131,25 @@ class TestWorkedExample:
         for text in WORKED_BYTES.values():
             spaced = " ".join(text[at : at + 2] for at in range(0, len(text), 2))
             assert f"`{spaced}`" in page
+
+
+class TestResidualExample:
+    """Section 9.2 of docs/format-spec.md."""
+
+    BYTES = "0000803d 02000000 05ff 03ff01ff"
+
+    def test_is_written_and_read_as_on_the_page(self):
+        places, codes = torch.tensor([3, 260]), torch.tensor([5, -1], dtype=torch.int8)
+        stream = write_stream(places, codes, 0.0625, 14)
+        assert bytes(stream.tolist()) == bytes.fromhex(self.BYTES)
+        found = read_stream(stream)
+        assert torch.equal(found[0], places)
+        assert torch.equal(found[1], codes)
+        assert found[2] == 0.0625
+        theirs = independent_reader.residuals(np.frombuffer(bytes.fromhex(self.BYTES), "u1"))
+        assert theirs[0].tolist() == [3, 260]
+        assert theirs[1].tolist() == [0.3125, -0.0625]
+
+    def test_stands_in_the_page(self):
+        page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
+        assert "00 00 80 3d  02 00 00 00  05 ff  03 ff 01 ff" in page

@@ -127,6 +127,69 @@ class TestOutliers:
         refused("must agree in number and type", describe(MIXED) | {"outlier_format": "fp32"})
 
 
+class TestResiduals:
+    """Outliers in two bytes: a step, a count, codes and gaps in one array."""
+
+    RESIDUAL = TENSORS["layer.residual"]
+
+    def faulty(self, match, change):
+        changed = arrays(self.RESIDUAL)
+        stream = changed["outlier_stream"]
+        found = change(stream)
+        changed["outlier_stream"] = stream if found is None else found
+        refused(f"layer.mixed.outlier_stream {match}", changed=changed, tensor=self.RESIDUAL)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, -0.5])
+    def test_the_step_must_be_positive_and_finite(self, value):
+        def change(stream):
+            stream[:4].view(torch.float32)[0] = value
+
+        self.faulty("must have a positive, finite step", change)
+
+    @pytest.mark.parametrize("count", [0, 5, 7, 18, 19, 255, -1])
+    def test_the_count_must_be_that_of_the_gaps(self, count):
+        def change(stream):
+            stream[4:8].view(torch.int32)[0] = count
+
+        self.faulty("must have as many codes as gaps", change)
+
+    @pytest.mark.parametrize("length", [0, 1, 7])
+    def test_a_stream_shorter_than_its_head(self, length):
+        self.faulty("must be at least 8 bytes", lambda stream: stream[:length])
+
+    def test_another_type_or_shape(self):
+        self.faulty("must be at least 8 bytes", lambda stream: stream.view(torch.int8))
+        self.faulty("must be at least 8 bytes", lambda stream: stream[None])
+
+    def test_a_gap_more_or_less(self):
+        self.faulty("must have as many", lambda stream: torch.cat([stream, stream[:1] * 0]))
+        gap = int((self.RESIDUAL.outlier_stream[14:] != 255).nonzero()[-1]) + 14
+        self.faulty("must have as many", lambda stream: stream[:gap])
+
+    def test_places_must_lie_inside(self):
+        longer = torch.full((9,), 255, dtype=torch.uint8)
+
+        def change(stream):
+            return torch.cat([stream[:14], longer, stream[14:]])
+
+        self.faulty("must lie within 2048 weights, not reach", change)
+
+    def test_skips_at_the_end_are_filling(self):
+        changed = arrays(self.RESIDUAL)
+        filling = torch.full((1000,), 255, dtype=torch.uint8)
+        changed["outlier_stream"] = torch.cat([changed["outlier_stream"], filling])
+        found = assemble("layer.mixed", describe(self.RESIDUAL), changed)
+        assert torch.equal(found.dequantize(), self.RESIDUAL.dequantize())
+
+    def test_both_kinds_of_outliers_at_once(self):
+        both = arrays(MIXED) | {"outlier_stream": arrays(self.RESIDUAL)["outlier_stream"]}
+        refused("outlier_stream must be absent", changed=both)
+
+    def test_the_description_names_the_kind(self):
+        described = describe(self.RESIDUAL) | {"outlier_format": "fp16"}
+        refused("must be (absent|stored)", described, arrays(self.RESIDUAL))
+
+
 class TestDescription:
     @pytest.mark.parametrize(
         ("change", "match"),

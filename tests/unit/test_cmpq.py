@@ -165,6 +165,16 @@ def test_the_price_is_the_error_of_the_codebook_that_will_be_stored() -> None:
         assert torch.allclose(error.sum(0), expected, rtol=1e-4)
 
 
+def test_plain_codebooks_are_priced_as_they_are_and_cost_no_less() -> None:
+    view = block()
+    plain, weighted = Cmpq(weighted=False).score(view), Cmpq().score(view)
+    for mine, theirs in zip(plain.tables, weighted.tables, strict=True):
+        assert mine.out_importance is None
+        assert theirs.out_importance is not None
+        assert (mine.cost >= theirs.cost * (1 - 1e-3)).all()  # centres are rounded to fp16
+        assert mine.cost.sum() > theirs.cost.sum()
+
+
 def test_a_small_model_is_solved_as_brute_force_would() -> None:
     """At the bytes of its own solution, no other choice of six tiles is better."""
     view = block(3, {"a": (64, 6)})
@@ -261,6 +271,14 @@ def test_all_kept_is_the_weight() -> None:
         assert torch.equal(tensor.dequantize(), view.weights[name].half().float())
 
 
+@pytest.mark.parametrize("base", ["nearest", "gptq"])
+def test_all_weights_kept_one_by_one_are_the_weight(base: str) -> None:
+    view = block(1, {"a": (5, 12)})
+    method = Cmpq(weight_outliers=1.0, base=base, outlier_format="fp32")
+    for name, tensor in rounded(method, view, plan(method, view, 0.5)).items():
+        assert torch.equal(tensor.dequantize(), view.weights[name])
+
+
 # The whole
 
 
@@ -326,6 +344,29 @@ def test_a_dead_in_channel_and_a_dead_output_do_no_harm() -> None:
     )
     for sensitivity in ("fisher", "activation"):
         plan(Cmpq(sensitivity=sensitivity), unseen, 0.5)
+
+
+@pytest.mark.parametrize("choices", [PAPER, {}, {"tile_in": 4, "weight_outliers": 0.1}])
+def test_in_channels_shorter_than_the_grid_are_coded_exactly(choices: dict[str, Any]) -> None:
+    """Three outputs: every codebook but the narrowest has a centre for each of their weights."""
+    view = block(4, {"a": (3, 40), "b": (1, 17)})
+    method = Cmpq(**choices)
+    for name, tensor in rounded(method, view, plan(method, view, 0.3)).items():
+        value, weight = tensor.dequantize(), view.weights[name]
+        assert value.isfinite().all()
+        if method.tile_in == 1 and method.base == "nearest":
+            assert torch.allclose(value, weight, rtol=2.0**-11)
+
+
+def test_kept_weights_beyond_their_type_are_refused_by_name() -> None:
+    view = block()
+    view.weights["b"][1, 2] = 1e5
+    with pytest.raises(
+        ValueError, match="b: outliers must be within the range of fp16, not 100000"
+    ):
+        Cmpq(weight_outliers=0.01).score(view)
+    Cmpq(weight_outliers=0.01, outlier_format="bf16").score(view)
+    Cmpq().score(view)
 
 
 @pytest.mark.parametrize("choices", [PAPER, {}, {"scope": "layer"}, {"widths": "adjacent"}])

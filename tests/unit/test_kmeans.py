@@ -157,6 +157,7 @@ def test_values_without_weight_play_no_part(find) -> None:
 @pytest.mark.parametrize("find", [kmeans.optimal, kmeans.lloyd])
 def test_rows_stand_alone_whatever_the_chunk(find, monkeypatch: pytest.MonkeyPatch) -> None:
     values = draw(3, 30, 50)
+    monkeypatch.setattr(kmeans, "_is_missing", lambda: True)
     whole = find(values, 8)
     monkeypatch.setattr(kmeans, "_CHUNK_VALUES", 120)
     assert torch.equal(find(values, 8), whole)
@@ -192,3 +193,70 @@ def test_what_is_no_number_is_refused(find) -> None:
 def test_an_odd_number_of_centres_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match="count must be even"):
         kmeans.optimal(draw(0, 2, 9), count)
+
+
+# The compiled module
+
+
+@given(
+    seed=SEEDS,
+    rows=st.integers(1, 9),
+    length=st.integers(1, 300),
+    count=st.sampled_from(COUNTS),
+    kind=st.sampled_from(["normal", "few", "heavy"]),
+    weighted=st.booleans(),
+    threads=st.integers(1, 3),
+)
+@few(50)
+def test_the_compiled_module_finds_the_same_centres(
+    seed: int, rows: int, length: int, count: int, kind: str, weighted: bool, threads: int
+) -> None:
+    """Bit for bit, also where many cuts are equally good but for rounding."""
+    values = draw(seed, rows, length, kind)
+    weights = None
+    if weighted:
+        weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed))
+        weights[weights < 0.2] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_in_torch(values, count, weights)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "few"])
+def test_the_compiled_module_finds_the_same_centres_of_a_whole_matrix(kind: str) -> None:
+    for count in COUNTS:
+        assert_same_in_torch(draw(7, 40, 3000, kind), count, None)
+
+
+def assert_same_in_torch(values: Tensor, count: int, weights: Tensor | None) -> None:
+    """Compare the bits of both paths' centres, by both algorithms."""
+
+    def found() -> list[Tensor]:
+        best = kmeans.optimal(values, count, weights)
+        near = kmeans.lloyd(values, count, weights)
+        return [best, near, kmeans.lloyd(values + 0.1, count, weights, best, steps=8)]
+
+    compiled = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "_is_missing", lambda: True)
+        for ours, theirs in zip(compiled, found(), strict=True):
+            assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_without_the_compiled_module_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = draw(0, 2, 9)
+    compiled = kmeans.optimal(values, 4)
+    kmeans._is_missing.cache_clear()
+    monkeypatch.setattr(kmeans, "_MISSING", "no module")
+    try:
+        found = [kmeans.optimal(values, 4) for _ in range(2)]
+    finally:
+        kmeans._is_missing.cache_clear()
+    assert all(torch.equal(each, compiled) for each in found)
+    (record,) = caplog.records
+    assert "was not built (no module). Install a C++ compiler" in record.getMessage()

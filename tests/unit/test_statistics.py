@@ -263,6 +263,22 @@ class TestStatistics:
         assert ((statistic.value().double() - expected).abs() <= slack).all()
         assert slack < expected.amin()
 
+    def test_a_dead_in_channel_has_no_pivot(self):
+        statistic = get("pivots")((4, 6))
+        (sample,) = self.samples(1, 20, 6)
+        sample[:, 2] = 0
+        statistic.update(sample)
+        assert (statistic.value() == 0).tolist() == [False, False, True, False, False, False]
+
+    def test_moments_that_rounding_has_spoilt_are_refused(self, monkeypatch):
+        statistic = get("pivots")((4, 6))
+        statistic.update(self.samples(1, 5, 6)[0])
+        monkeypatch.setattr(
+            get("hessian"), "value", lambda _: torch.full((6, 6), -1.0).fill_diagonal_(1)
+        )
+        with pytest.raises(ValueError, match=r"over 5 tokens\. Calibrate on at least 6"):
+            statistic.value()
+
     def test_fisher_squares_each_sequence_by_itself(self):
         statistic = get("fisher")((1, 2))
         statistic.update(torch.tensor([[1.0, -2.0]]))

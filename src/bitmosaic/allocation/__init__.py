@@ -11,6 +11,15 @@ from bitmosaic.allocation.costs import (
     feasible_range,
     overhead_bytes,
 )
+from bitmosaic.allocation.outliers import (
+    Split,
+    by_share,
+    by_threshold,
+    exchange,
+    histogram,
+    most_outliers,
+    remaining,
+)
 from bitmosaic.allocation.plan import Allocation, LayerAllocation, uniform
 from bitmosaic.allocation.solvers import solve, two_level
 
@@ -19,11 +28,18 @@ __all__ = [
     "Budget",
     "BudgetError",
     "LayerAllocation",
+    "Split",
     "TileCosts",
+    "by_share",
+    "by_threshold",
     "check_feasible",
+    "exchange",
     "feasible_range",
+    "histogram",
+    "most_outliers",
     "overhead_bytes",
     "parse_size",
+    "remaining",
     "solve",
     "two_level",
     "uniform",

@@ -36,6 +36,8 @@ class TileCosts:
     outlier_format: str = "fp16"
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
+    spare_outliers: int = 0
+    """How many more than `outliers` the bytes of a budget may go to."""
 
     @property
     def allowed(self) -> Bool[Tensor, "formats tiles_out tiles_in"]:
@@ -56,9 +58,13 @@ class TileCosts:
 
     @property
     def overhead(self) -> int:
-        """Bytes beside the tiles if every format is used: map, scales, permutations, outliers."""
+        """Bytes beside the tiles if all formats are used that can be: map, scales, orders.
+
+        A matrix cannot use more formats than it has tiles.
+        """
         tiles = self.cost[0].numel()
-        total = 4 * len(self.formats) + map_bits(len(self.formats)) * packed_bytes(tiles)
+        used = min(len(self.formats), tiles)
+        total = 4 * used + map_bits(used) * packed_bytes(tiles)
         if self.in_permutation is not None:
             total += permutation_bytes(self.shape[1])
         if self.out_permutation is not None:
@@ -100,6 +106,9 @@ def feasible_range(tables: Sequence[TileCosts]) -> tuple[int, int]:
     low = high = overhead_bytes(tables)
     for table in tables:
         size, allowed = table.bytes(), table.allowed
+        more = table.outliers + table.spare_outliers
+        high += outlier_bytes(table.shape, more, table.outlier_format)
+        high -= outlier_bytes(table.shape, table.outliers, table.outlier_format)
         low += int(size.masked_fill(~allowed, size.max()).amin(0).sum())
         high += int(size.masked_fill(~allowed, 0).amax(0).sum())
     return low, high

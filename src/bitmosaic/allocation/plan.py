@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats
-from bitmosaic.tensor import OUTLIER_DTYPES, drop_unused, predict_bytes
+from bitmosaic.tensor import OUTLIER_FORMATS, drop_unused, predict_bytes
 from bitmosaic.tiling import grid_shape
 
 
@@ -27,8 +27,8 @@ class LayerAllocation:
         tile_map: index of each tile's format.
         in_permutation: stored position -> in_channel; None when in order.
         out_permutation: stored position -> out_channel; None when in order.
-        outliers: how many single weights will be kept.
-        outlier_format: key of OUTLIER_DTYPES for their values.
+        outliers: how many single weights will be kept; for int8 the pairs of bytes they take.
+        outlier_format: one of OUTLIER_FORMATS.
         in_importance: what a squared error in each in_channel costs; None where all cost alike.
         out_importance: the same for each out_channel.
     """
@@ -169,7 +169,7 @@ def _checked(layer: LayerAllocation) -> LayerAllocation:
         raise ValueError("a tile map names a format that is not there")
     if not 0 <= layer.outliers <= layer.shape[0] * layer.shape[1]:
         raise ValueError("a matrix has more outliers than weights")
-    if layer.outlier_format not in OUTLIER_DTYPES:
+    if layer.outlier_format not in OUTLIER_FORMATS:
         raise ValueError("the outliers of a matrix have no known type")
     sides = ((layer.in_importance, layer.shape[1]), (layer.out_importance, layer.shape[0]))
     for values, length in sides:

@@ -58,9 +58,21 @@ def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
 
 
 def typed(thing: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type of a dataclass field: bool, int, float, str or tuple of str."""
-    readers = {bool: _read_bool, int: _read_int, float: _read_float, str: _read_str}
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    """Return `value` as the type of a dataclass field: bool, int, float (or None), str, names."""
+    readers = {
+        bool: _read_bool,
+        int: _read_int,
+        float: _read_float,
+        float | None: _read_optional,
+        str: _read_str,
+    }
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        float | None: "a number or none",
+        str: "text",
+    }
     reader = readers.get(hint, _read_names)
     try:
         return reader(value)
@@ -85,6 +97,10 @@ def _read_float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
     return float(value)
+
+
+def _read_optional(value: Any) -> float | None:
+    return None if value is None or value == "none" else _read_float(value)
 
 
 def _read_str(value: Any) -> str:

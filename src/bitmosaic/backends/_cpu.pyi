@@ -50,3 +50,42 @@ def level() -> str:
 
 def use_level(name: str) -> None:
     """Switch to another level, for tests."""
+
+class Decoder:
+    """A decoding step of a Llama-like model; see csrc/step.h."""
+
+    def set_cache(self, keys: list[int], values: list[int], room: int) -> None:
+        """Tell where the keys and values [key_heads, room, head_width] of each block are."""
+
+    def step(
+        self,
+        embedding: int,
+        cosine: int,
+        sine: int,
+        length: int,
+        logits: int,
+        int8: bool,
+        threads: int,
+    ) -> None:
+        """Run token number `length` from its embedding [width] to its logits."""
+
+def decoder(given: dict[str, Any]) -> Decoder:
+    """Make a decoding step from its parts; ValueError where their shapes do not fit."""
+
+def normalize(x: int, weight: int, epsilon: float, count: int, y: int) -> None:
+    """Write x / sqrt(mean(x^2) + epsilon) * weight to y, for tests."""
+
+def gate(x: int, up: int, tanh: bool, count: int) -> None:
+    """Replace x by silu(x) * up, or by gelu(x) * up, for tests."""
+
+def attend(
+    q: int,
+    queries: int,
+    keys: int,
+    values: int,
+    length: int,
+    width: int,
+    scale: float,
+    y: int,
+) -> None:
+    """Let queries [queries, width] attend to keys and values [length, width], for tests."""

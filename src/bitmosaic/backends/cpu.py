@@ -39,6 +39,9 @@ else:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the types that the kernels read and write."""
 
+_MOST_COLUMNS = 65536
+"""Columns that the prepared layout's 16-bit indices of outliers reach."""
+
 _taken: int | None = None
 """Threads of the kernels while torch has to make do with one; None: as many as torch has."""
 
@@ -61,7 +64,8 @@ def torch_alone() -> Iterator[None]:
         _taken = outer
 
 
-def _threads() -> int:
+def threads() -> int:
+    """Return how many threads the kernels use: torch's, also within `torch_alone`."""
     return _taken or torch.get_num_threads()
 
 
@@ -95,6 +99,13 @@ class CpuBackend(Backend):
             return f"It runs tensors on the CPU, not on {device}."
         if _MISSING is not None:
             return _MISSING
+        if tensor.outlier_stream is not None:  # comes to the kernels as plain outliers
+            if tensor.shape[1] > _MOST_COLUMNS:
+                return (
+                    f"Outliers among {tensor.shape[1]} columns have no place in the prepared "
+                    "layout."
+                )
+            tensor = tensor.without_outliers()
         described, _arrays = _describe(tensor)
         return _cpu.objection(described) or None
 
@@ -107,8 +118,8 @@ class CpuBackend(Backend):
         objection = self.objection(tensor, tensor.device)
         if objection is not None:
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
-        described, _arrays = _describe(tensor)
-        prepared = Prepared(_cpu.pack(described, _threads()), *tensor.shape)
+        described, _arrays = _describe(tensor.with_plain_outliers())
+        prepared = Prepared(_cpu.pack(described, threads()), *tensor.shape)
         # Not at exit: the process gives everything back at once, and faster.
         weakref.finalize(prepared, _cpu.release, prepared.handle).atexit = False
         for array in tensor.arrays().values():
@@ -199,7 +210,7 @@ def _run_linear(x: Tensor, bias: Tensor | None, weight: int, out: int, int8: boo
         y.data_ptr(),
         out,
         int8,
-        _threads(),
+        threads(),
     )
     return y
 
@@ -214,7 +225,7 @@ def _run_rows(indices: Tensor, weight: int, width: int, dtype: torch.dtype) -> T
         width,
         _TYPES[dtype],
         y.data_ptr(),
-        _threads(),
+        threads(),
     )
     return y
 
@@ -237,6 +248,15 @@ torch.library.register_fake("bitmosaic::rows", _fake_rows, lib=_LIBRARY)
 
 _linear_op = torch.ops.bitmosaic.linear.default
 _rows_op = torch.ops.bitmosaic.rows.default
+
+
+def decoder(given: dict[str, Any]) -> Any:
+    """Make a native decoding step: `csrc/step.h` says of what, and what its `step` computes.
+
+    Matrices are given as (handle, bias), norms as (weight, epsilon), arrays as (address, count);
+    the caller keeps alive what they point to.  ValueError where shapes do not fit together.
+    """
+    return _cpu.decoder(given)
 
 
 def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:

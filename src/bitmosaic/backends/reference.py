@@ -82,6 +82,7 @@ def _rows_stand_alone(tensor: QuantizedTensor) -> bool:
         and tensor.in_permutation is None
         and tensor.out_permutation is None
         and tensor.outlier_values is None
+        and tensor.outlier_stream is None
     )
 
 

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.tensor import ARRAYS, OUTLIER_DTYPES, QuantizedTensor, map_bits
+from bitmosaic.residuals import stream_fault
+from bitmosaic.tensor import (
+    ARRAYS,
+    OUTLIER_DTYPES,
+    OUTLIER_FORMATS,
+    RESIDUAL,
+    QuantizedTensor,
+    map_bits,
+)
 from bitmosaic.tiling import Section, grid_shape, sections
 
 OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")
 
 
-_OPTIONAL = ("in_permutation", "out_permutation", *OUTLIER_ARRAYS)
+_OPTIONAL = ("in_permutation", "out_permutation", *OUTLIER_ARRAYS, "outlier_stream")
 
 
 _LARGEST_SIDE = 1 << 31
@@ -50,7 +58,7 @@ def describe(tensor: QuantizedTensor) -> dict[str, Any]:
         [fmt.name for fmt in tensor.formats],
         in_permutation=tensor.in_permutation is not None,
         out_permutation=tensor.out_permutation is not None,
-        outlier_format=None if tensor.outlier_values is None else tensor.outlier_format,
+        outlier_format=tensor.outlier_format if _has_outliers(tensor) else None,
     )
 
 
@@ -80,7 +88,8 @@ def check_optional(name: str, described: Mapping[str, Any], stored: Iterable[str
     """Check that the optional arrays among `stored` are those that the description names."""
     expected = [f"{side}_permutation" for side in described.get("permutations", [])]
     if "outlier_format" in described:
-        expected += OUTLIER_ARRAYS
+        residual = described["outlier_format"] == RESIDUAL
+        expected += ["outlier_stream"] if residual else OUTLIER_ARRAYS
     found = {*_OPTIONAL}.intersection(stored)
     if wrong := sorted(found.symmetric_difference(expected)):
         state = "stored" if wrong[0] in expected else "absent"
@@ -155,9 +164,9 @@ def described_tensor(name: str, described: Any) -> QuantizedTensor:
     listed = isinstance(names, list) and all(isinstance(each, str) for each in names)
     if not listed or not 1 <= len(names) <= 256:
         raise ValueError(f"formats of {name} must be 1 to 256 names, not {names!r}.")
-    if not isinstance(outlier_format, str) or outlier_format not in OUTLIER_DTYPES:
+    if not isinstance(outlier_format, str) or outlier_format not in OUTLIER_FORMATS:
         raise ValueError(
-            f"outlier_format of {name} must be one of {', '.join(OUTLIER_DTYPES)}, "
+            f"outlier_format of {name} must be one of {', '.join(OUTLIER_FORMATS)}, "
             f"not {outlier_format!r}."
         )
     sides = described.get("permutations", ["in"])
@@ -221,7 +230,15 @@ def _check_permutation(name: str, key: str, order: Tensor | None, length: int) -
         )
 
 
+def _has_outliers(tensor: QuantizedTensor) -> bool:
+    return tensor.outlier_values is not None or tensor.outlier_stream is not None
+
+
 def _check_outliers(name: str, tensor: QuantizedTensor) -> None:
+    if tensor.outlier_stream is not None:
+        fault = stream_fault(tensor.outlier_stream, tensor.shape[0] * tensor.shape[1])
+        if fault:
+            raise ValueError(f"{name}.outlier_stream {fault}. The file is damaged.")
     parts = (tensor.outlier_values, tensor.outlier_columns, tensor.outlier_counts)
     if all(part is None for part in parts):
         return

@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layerwise": ("layerwise", {}),
     "sfmp": ("sfmp", {}),
     "cmpq": ("cmpq", {}),
+    "septq": ("septq", {}),
 }
 BUDGETS = (2.5, 3.0, 4.0)
 SEQLEN = 256  # what the embedded model was trained for

@@ -46,7 +46,9 @@ Reorder = Annotated[
 ]
 Score = Annotated[
     str | None,
-    typer.Option(help="fisher or fisher_error (sfmp, layerwise).", show_default=False),
+    typer.Option(
+        help="fisher or fisher_error (sfmp, layerwise); code or paper (septq).", show_default=False
+    ),
 ]
 Format = Annotated[
     str | None,
@@ -89,7 +91,7 @@ def allocate(
     ],
     bits: Bits = None,
     size: Size = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq")] = "sfmp",
+    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq, septq")] = "sfmp",
     statistics: Annotated[
         Path | None,
         typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
@@ -140,7 +142,7 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rtn, gptq, layerwise, sfmp, cmpq (default: sfmp, or the allocation's).",
+            help="rtn, gptq, layerwise, sfmp, cmpq, septq (default: sfmp, or the allocation's).",
             show_default=False,
         ),
     ] = None,

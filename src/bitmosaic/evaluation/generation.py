@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from bitmosaic.backends import cpu
 from bitmosaic.evaluation.cache import growing_cache
 from bitmosaic.evaluation.decoding import proved
+from bitmosaic.evaluation.fused import fused
 from bitmosaic.evaluation.perplexity import evaluating, vocabulary_size
 from bitmosaic.linear import PackedModule
 
@@ -122,7 +123,8 @@ def _steps(
     logits = model(input_ids=torch.tensor([start], device=model.device), **options).logits
     native = _runs_natively(model)
     alone = cpu.torch_alone if native else nullcontext
-    step, looked = None, not native
+    step: Any = None
+    looked = not native
     while True:
         with alone():
             token = _choose(logits[0, -1], temperature, generator)
@@ -134,7 +136,8 @@ def _steps(
             elif looked:
                 logits = model(input_ids=inputs, **options).logits
             else:
-                (logits, step), looked = proved(model, inputs, cache), True
+                logits, step = proved(model, inputs, cache)
+                step, looked = step and (fused(model) or step), True
 
 
 def _runs_natively(model: PreTrainedModel) -> bool:

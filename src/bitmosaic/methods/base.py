@@ -70,6 +70,8 @@ class Method:
     fits_any_budget: ClassVar[bool] = True
     """False for methods with one format, which reach a budget only to within a format's step and
     are shown shapes alone when they score (weights on the meta device)."""
+    counts_outliers: ClassVar[bool] = False
+    """Whether what a budget leaves goes to single weights, so that it is met to the last one."""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -265,6 +267,16 @@ def require(condition: bool, thing: str, constraint: str, value: object, remedy:
 def require_one_of(thing: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     require(value in choices, thing, f"one of {', '.join(choices)}", value, "Choose one of them.")
+
+
+def row_worth(fisher: Tensor, square: Tensor) -> Tensor:
+    """Estimate each output's mean squared loss gradient g: F[o, j] is about g_o a_j^2.
+
+    `square` is a^2, the mean square of each in_channel's activations.
+    """
+    rows = fisher.sum(1, dtype=torch.float64) / square.double().sum().clamp(min=1e-30)
+    # An output whose gradient was never seen is still worth a little.
+    return rows.clamp(min=max(float(rows.mean()) * 1e-6, 1e-30)).float()
 
 
 def _reorder(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -44,6 +44,7 @@ from bitmosaic.allocation import (
     feasible_range,
     solve,
 )
+from bitmosaic.formats.base import largest_magnitude
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
@@ -85,8 +86,9 @@ class Cmpq(Method):
         tail: share of in_channels in each tail at the middle width (``tails``).
         scope: ``model``: all in_channels of the model compete for the bytes (``gain``); ``layer``:
             those of a matrix, every matrix as far between its narrowest and widest as the others.
-        sensitivity: what outputs are worth: ``fisher``, each its own, for costs and codebooks
-            alike; ``activation``: all outputs of a matrix the same, without gradients.
+        sensitivity: what outputs are worth: ``fisher``, each its own; ``activation``: all outputs
+            of a matrix the same, without gradients.
+        weighted: let the codebooks, too, weigh each weight by what its output is worth.
         drop_first: leave the first token of each sequence out of the activation norms.
         act_outliers: share of in_channels kept in fp16, those of the largest norms; at least one
             where the share is not 0.
@@ -105,6 +107,7 @@ class Cmpq(Method):
     tail: float = 0.2
     scope: str = "model"
     sensitivity: str = "fisher"
+    weighted: bool = True
     drop_first: bool = True
     act_outliers: float = 0.0
     weight_outliers: float = 0.0
@@ -170,6 +173,7 @@ class Cmpq(Method):
         """Price every in_channel at every width."""
         tables, norms = [], []
         for name, weight in block.weights.items():
+            self._check_range(name, weight)
             measured = block.activation[name]
             norm = measured.rms_rest if self.drop_first else measured.rms
             square = norm.double().square()
@@ -178,12 +182,15 @@ class Cmpq(Method):
             kept = torch.zeros(power.numel(), dtype=torch.bool)
             kept[order[: self._kept(power.numel())]] = True
             table = self._table(name, (weight.shape[0], weight.shape[1]), kept)
-            price = block.pivots[name] if self._compensates else square.float()
-            table = replace(table, in_importance=price)
-            if self.sensitivity == "fisher":
-                table = replace(table, out_importance=_worth(block.fisher[name], square))
+            fisher = block.fisher[name] if self.sensitivity == "fisher" else None
+            rows = _worth(weight, square, fisher)
+            table = replace(
+                table,
+                in_importance=block.pivots[name] if self._compensates else square.float(),
+                out_importance=None if fisher is None or not self.weighted else rows,
+            )
             if self.widths == "gain":
-                table = replace(table, cost=table.cost + self._costs(weight, table, square))
+                table = replace(table, cost=table.cost + self._costs(weight, table, rows))
             tables.append(table)
             norms.append(power[None])
         return BlockScores(tables, norms)
@@ -230,6 +237,13 @@ class Cmpq(Method):
         """Count the tiles that are kept."""
         return max(1, round(self.act_outliers * tiles)) if self.act_outliers else 0
 
+    def _check_range(self, name: str, weight: Tensor) -> None:
+        """Refuse kept weights that their type cannot hold, before hours of work end there."""
+        limit = torch.finfo(OUTLIER_DTYPES[self.outlier_format]).max
+        largest = largest_magnitude(weight) if self.weight_outliers else 0.0
+        constraint = f"within the range of {self.outlier_format}"
+        require(largest <= limit, f"{name}: outliers", constraint, largest, "Keep them in bf16.")
+
     def _table(self, name: str, shape: tuple[int, int], kept: Tensor) -> TileCosts:
         """Make a table in which kept tiles have one format and the others not that one."""
         names = (*self.formats, KEPT) if bool(kept.any()) else self.formats
@@ -250,25 +264,31 @@ class Cmpq(Method):
             outlier_format=self.outlier_format,
         )
 
-    def _costs(self, weight: Tensor, table: TileCosts, square: Tensor) -> Tensor:
-        """Measure what each width of each tile costs: [formats, 1, tiles]."""
-        price, rows = table.in_importance, table.out_importance
-        assert price is not None
-        if rows is None:
-            # Outputs are compared by their own size: an error counts by its share of it.
-            power = float((weight.double().square().mean(0) * square).sum())
-            rows = torch.full((weight.shape[0],), 1 / max(power, 1e-30))
-        importance = rows[:, None] * price
+    def _costs(self, weight: Tensor, table: TileCosts, rows: Tensor) -> Tensor:
+        """Measure what each width of each tile costs: [formats, 1, tiles].
+
+        `rows` [out] is what a squared error of each output is worth.
+        """
+        assert table.in_importance is not None
+        importance = rows[:, None] * table.in_importance
+        fit = table.out_importance
+        mass = None if fit is None else fit[:, None].expand_as(weight)
         cost = torch.zeros(table.cost.shape, dtype=torch.float64)
         for index, each in enumerate(self.formats):
             cost[index] = rounding.tile_errors(
-                weight, importance, table.tile, formats.get(each), rows[:, None].expand_as(weight)
+                weight, importance, table.tile, formats.get(each), mass
             )
         return cost
 
 
-def _worth(fisher: Tensor, square: Tensor) -> Tensor:
-    """Estimate each output's mean squared loss gradient: F[o, j] is about g_o a_j^2."""
+def _worth(weight: Tensor, square: Tensor, fisher: Tensor | None) -> Tensor:
+    """Estimate each output's mean squared loss gradient: F[o, j] is about g_o a_j^2.
+
+    Without F all outputs are worth the same: an error counts by its share of their mean square.
+    """
+    if fisher is None:
+        power = float((weight.double().square().mean(0) * square).sum())
+        return torch.full((weight.shape[0],), 1 / max(power, 1e-30))
     rows = fisher.sum(1, dtype=torch.float64) / square.sum().clamp(min=1e-30)
     # An output whose gradient is never seen still gets a codebook of its own weights.
     return rows.clamp(min=max(float(rows.mean()) * 1e-6, 1e-30)).float()

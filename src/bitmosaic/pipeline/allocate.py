@@ -173,7 +173,8 @@ def plan_budget(
             if left >= unused:
                 break
             best, unused = layers, left
-            if left < max(64, size >> _NEARLY_ALL) or allowed == most:
+            enough = 1 if method.counts_outliers else max(64, size >> _NEARLY_ALL)
+            if left < enough or allowed == most:
                 break
         allowed += left
     if best is None:
@@ -311,6 +312,7 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 "formats": table.formats,
                 "outliers": table.outliers,
                 "outlier_format": table.outlier_format,
+                "spare_outliers": table.spare_outliers,
             }
         )
         tensors[f"{table.name}.cost"] = table.cost
@@ -339,6 +341,7 @@ def load_scores(path: Path) -> BlockScores | None:
                 tensors[f"{name}.cost"],
                 outliers=described["outliers"],
                 outlier_format=described["outlier_format"],
+                spare_outliers=described["spare_outliers"],
                 **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
             )
         )

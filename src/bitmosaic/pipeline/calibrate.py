@@ -175,7 +175,11 @@ def _forward(
         measured: dict[str, Tensor] = {}
         for group in found.inputs:
             for name, statistic in sums[group.linears[0]].items():
-                value = statistic.value()
+                try:
+                    value = statistic.value()
+                except ValueError as error:
+                    layer = f"{source.block_names[index]}.{group.linears[0]}"
+                    raise ValueError(f"{layer}: {error}") from error
                 parts = {"": value} if isinstance(value, Tensor) else vars(value)
                 for part, tensor in parts.items():
                     key = f"{name}.{part}" if part else name

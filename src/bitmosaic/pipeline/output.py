@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from bitmosaic.checkpoint import Entry
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.model.inventory import embedding_modules, plain_entries, tensor_bytes
 from bitmosaic.model.source import Source
+from bitmosaic.residuals import stream_bytes
 from bitmosaic.tensor import (
     OUTLIER_DTYPES,
+    RESIDUAL,
     QuantizedTensor,
     drop_unused,
     index_dtype,
@@ -132,14 +134,15 @@ class OutputPlan:
         }
         arrays = sum(layer.nbytes for layer in everything.values())
         # A header entry has at most three numbers of 20 digits and, with several formats in a
-        # tensor, one more array (the tile map) than the plans above have.
-        slack = sum(90 + len(table.name) + 60 for table in tables)
+        # tensor, one more array (the tile map) than the plans above have.  A single tile has one.
+        several = [table for table in tables if min(table.cost[0].numel(), len(table.formats)) > 1]
+        slack = sum(90 + len(table.name) + 60 for table in several)
         return self.total_bytes(everything) - arrays + slack
 
     def _largest(self, tables: Sequence[TileCosts]) -> int:
-        """Bytes of the output with every tile in its largest format."""
+        """Bytes of the output with every tile in its largest format, and all outliers."""
         widest = {
-            table.name: table.plan(
+            table.name: replace(table, outliers=table.outliers + table.spare_outliers).plan(
                 table.bytes().masked_fill(~table.allowed, -1).argmax(0).to(torch.uint8)
             )
             for table in tables
@@ -190,7 +193,9 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
         if getattr(layer, side) is not None:
             dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
-    if layer.outliers:
+    if layer.outliers and layer.outlier_format == RESIDUAL:
+        found.append(Entry(f"{name}.outlier_stream", torch.uint8, (stream_bytes(layer.outliers),)))
+    elif layer.outliers:
         rows, width = layer.shape
         count = (layer.outliers,)
         found += [

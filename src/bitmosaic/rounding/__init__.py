@@ -5,7 +5,10 @@ method can combine them.
 """
 
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale
-from bitmosaic.rounding.compensated import compensated, compensation_factor
+from bitmosaic.rounding.compensated import compensated
+from bitmosaic.rounding.factor import Factor, compensation_factor, factorise
+from bitmosaic.rounding.grids import grid_search
+from bitmosaic.rounding.masks import largest, largest_within, sensitivity
 from bitmosaic.rounding.nearest import (
     encode_nearest,
     nearest,
@@ -13,17 +16,25 @@ from bitmosaic.rounding.nearest import (
     output_error,
     tile_errors,
 )
+from bitmosaic.rounding.refit import refit
 
 __all__ = [
     "CLIP_SHRINKS",
     "SCALE_RATIOS",
+    "Factor",
     "awq_clip",
     "awq_scale",
     "compensated",
     "compensation_factor",
     "encode_nearest",
+    "factorise",
+    "grid_search",
+    "largest",
+    "largest_within",
     "nearest",
     "nearest_kept",
     "output_error",
+    "refit",
+    "sensitivity",
     "tile_errors",
 ]

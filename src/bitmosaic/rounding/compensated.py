@@ -20,69 +20,20 @@ from bitmosaic import formats
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
+from bitmosaic.residuals import LARGEST
+from bitmosaic.rounding.factor import Factor, factorise
 from bitmosaic.rounding.learned import LearnedGrids
 from bitmosaic.tensor import (
     OUTLIER_DTYPES,
+    RESIDUAL,
     QuantizedTensor,
     invert,
     pack_encoded,
     permute,
     with_outliers,
+    with_residuals,
 )
 from bitmosaic.tiling import Section
-
-
-def compensation_factor(
-    hessian: Float[Tensor, "in in"], damping: float, name: str = "hessian"
-) -> Float[Tensor, "in in"]:
-    """Return the unit upper triangular N of H = N D N^T, H damped by a share of its mean diagonal.
-
-    The error of rounding, delta H delta^T, is then a sum of squares of (delta N)_j, each of which
-    only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij makes the
-    j-th one as small as it can be: that is GPTQ's compensation (its U is N D^(1/2) inverted), from
-    one Cholesky factorisation of H with its order reversed, in^3/3 operations, without an inverse.
-    In_channels without any activation get a mean diagonal.
-    """
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    damped.diagonal()[diagonal == 0] = mean if mean > 0 else 1.0
-    if not _factorise(damped):
-        raise ValueError(
-            f"{name} must be positive definite after damping, but its factorisation fails at "
-            f"{hessian.shape[0]} in_channels with damping {damping:g}. Use more calibration "
-            f"samples or a damping of {max(10 * damping, 0.01):g}."
-        )
-    return damped
-
-
-_FACTOR_BLOCK = 512
-
-
-def _factorise(matrix: Float[Tensor, "n n"]) -> bool:
-    """Replace a matrix by its unit upper factor N, from the last block up; False if it has none.
-
-    LAPACK through torch runs at half the speed of these products, and then spends as long again on
-    zeroing the other triangle (4096 wide, one thread).
-    """
-    for stop in range(matrix.shape[0], 0, -_FACTOR_BLOCK):
-        start = max(0, stop - _FACTOR_BLOCK)
-        lower, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop].flip(0, 1))
-        corner = lower.flip(0, 1)  # upper triangular: the corner is corner @ corner.t()
-        pivots = corner.diagonal()
-        if int(info) or not bool(pivots.isfinite().all()):
-            return False
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=True)
-        above = matrix[:start, start:stop] @ inverse.t()
-        for last in range(start, 0, -_FACTOR_BLOCK):
-            first = max(0, last - _FACTOR_BLOCK)
-            matrix[:last, first:last].addmm_(above[:last], above[first:last].t(), alpha=-1)
-        torch.div(above, pivots, out=above)
-        matrix[:start, start:stop] = above
-        matrix[start:stop, start:stop] = corner / pivots
-        matrix[start:stop, :start] = 0
-    return True
 
 
 def compensated(
@@ -94,6 +45,8 @@ def compensated(
     act_order: bool = False,
     static_groups: bool = False,
     outliers: Bool[Tensor, "out in"] | None = None,
+    grids: QuantizedTensor | None = None,
+    factor: Factor | None = None,
     name: str = "hessian",
 ) -> QuantizedTensor:
     """Round column by column, moving each column's error onto the columns not yet rounded (GPTQ).
@@ -106,33 +59,65 @@ def compensated(
     the original weights.  A learned grid is fitted on the original weights of its tile, weighted by
     the layer's `out_importance`; unless groups are static it then follows the compensated ones.
 
-    `outliers` marks weights that are kept: each at the value it has come to at its column.
+    `outliers` marks weights that are kept: each at the value it has come to at its column, or
+    (int8, with `grids`) at the nearest that a residual reaches.
+    `grids` is any rounding of the same plan, whose scales and zero points are to be used; `factor`
+    is `factorise`'s of the same arguments, where it is known already.
     """
+    static_groups = static_groups or grids is not None
     if act_order and not static_groups and layer.tile[1] > 1:
         raise ValueError(
             "act_order must go with static_groups, with tiles one column wide, or with columns "
             "stored in that order (in_permutation), since a group's columns are visited apart "
             "otherwise."
         )
-    stored = hessian
-    if layer.in_permutation is not None:
-        stored = hessian[layer.in_permutation][:, layer.in_permutation]
-    visit = torch.arange(stored.shape[0])
-    if act_order:
-        visit = torch.argsort(stored.diagonal(), descending=True, stable=True)
-        stored = stored[visit][:, visit]
-    factor = compensation_factor(stored, damping, name)
+    if factor is None:
+        stored = hessian
+        if layer.in_permutation is not None:
+            stored = hessian[layer.in_permutation][:, layer.in_permutation]
+        factor = factorise(stored, damping, act_order=act_order, name=name)
     orders = (layer.out_permutation, layer.in_permutation)
     kept = None if outliers is None else permute(outliers, *orders)
-    sweep = _Sweep(permute(weight, *orders), layer, visit, factor, static_groups, kept)
+    step = None
+    if outliers is not None and layer.outlier_format == RESIDUAL:
+        assert grids is not None, "residuals must have grids that are known beforehand"
+        step = residual_step(weight, grids, outliers)
+    sweep = _Sweep(permute(weight, *orders), layer, factor, static_groups, kept, grids, step)
     sweep.run()
     tensor = sweep.pack()
     if outliers is None:
         return tensor
     inverse = [None if order is None else invert(order) for order in orders]
+    if step is not None:
+        codes = permute(sweep.residuals(), *inverse)
+        return with_residuals(tensor, codes, outliers, step, layer.outliers)
     return with_outliers(
         tensor, permute(sweep.reached_values(), *inverse), outliers, layer.outlier_format
     )
+
+
+def residual_step(
+    weight: Float[Tensor, "out in"],
+    grids: QuantizedTensor,
+    outliers: Bool[Tensor, "out in"],
+) -> float:
+    """Choose the step of residuals, in units of a group's scale, by the least squared error.
+
+    127 steps reach the largest residual and one unit more, since weights move until their column's
+    turn; or half as far, and so on, where a few groups of tiny scales would spoil all others.
+    """
+    unit = grids.units()[outliers]
+    off = (weight.float() - grids.dequantize())[outliers] / unit
+    if not off.numel():
+        return 1.0
+    largest = float(off.abs().max()) + 1
+    steps = [float(torch.tensor(largest / LARGEST / 2**half)) for half in range(16)]
+
+    def error(step: float) -> float:
+        rounded = (off / step).round_().clamp_(-LARGEST, LARGEST).mul_(step)
+        return float((rounded - off).mul_(unit).double().square().sum())
+
+    return min(steps, key=error)
 
 
 _LEAF, _ALIGNED = 32, 128
@@ -153,12 +138,15 @@ class _Sweep:
         self,
         ordered: Tensor,
         layer: LayerAllocation,
-        visit: Tensor,
-        factor: Tensor,
+        factor: Factor,
         static_groups: bool,
         kept: Tensor | None,
+        grids: QuantizedTensor | None,
+        step: float | None,
     ) -> None:
-        self.layer, self.factor, self.static = layer, factor, static_groups
+        self.step = step
+        self.layer, self.factor, self.static = layer, factor.unit, static_groups
+        visit = factor.visit
         self.kept = None if kept is None else kept.t().contiguous()
         self.visit = visit.tolist()
         self.largest = largest_magnitude(ordered)
@@ -167,6 +155,9 @@ class _Sweep:
         transposed = ordered.to(torch.float32).t().contiguous()
         self.columns = transposed if _in_order(visit) else transposed[visit]
         self.left = self.columns.clone()
+        self.added = torch.zeros(0, 0, dtype=torch.int8)
+        if step is not None:
+            self.added = torch.zeros(self.columns.shape, dtype=torch.int8)
         self.reached = torch.zeros(self.columns.shape[0], dtype=torch.int64)
         widest = max(fmt.bits for fmt in chosen)
         self.codes = torch.empty(
@@ -176,7 +167,9 @@ class _Sweep:
         self.groups = _Groups(
             layer, chosen, scales, self.columns.shape[1], learned, not static_groups
         )
-        if static_groups:
+        if grids is not None:
+            self.groups.take(grids)
+        elif static_groups:
             for column in range(transposed.shape[0]):
                 self.groups.enter(column, lambda part: transposed[part])
 
@@ -209,9 +202,18 @@ class _Sweep:
             before = None if self.kept is None else left.clone()
             self.groups.round(stored, value, left, codes[column - start])
             if self.kept is not None and before is not None:
-                stands = value.to(OUTLIER_DTYPES[self.layer.outlier_format]).to(left.dtype)
+                stands = self._stands(stored, value, before - left)
                 torch.where(self.kept[stored], before - stands, left, out=left)
         self.codes[self.visit[start:stop]] = codes.to(self.codes.dtype)
+
+    def _stands(self, stored: int, value: Tensor, decoded: Tensor) -> Tensor:
+        """What a column's weights [out] will be where they are kept."""
+        if self.step is None:
+            return value.to(OUTLIER_DTYPES[self.layer.outlier_format]).to(value.dtype)
+        unit = self.groups.unit(stored) * self.step
+        code = ((value - decoded) / unit).round_().clamp_(-LARGEST, LARGEST)
+        self.added[stored] = code.to(torch.int8)
+        return torch.addcmul(decoded, code, unit)
 
     def _current(self, column: int, part: Tensor) -> Tensor:
         """Weights of the adjoining columns `part`, from `column` on, as compensated so far.
@@ -239,6 +241,10 @@ class _Sweep:
         values = torch.empty_like(self.columns)
         values[self.visit] = self.columns
         return values.t()
+
+    def residuals(self) -> Tensor:
+        """Codes of all residuals: [out, in], in stored order."""
+        return self.added.t()
 
     def pack(self) -> QuantizedTensor:
         """Pack the codes found; the groups' parameters are already rounded to their stored form."""
@@ -299,6 +305,7 @@ class _Groups:
         # Affine formats share the default power-of-two tensor scale, so that one division by the
         # full scale serves all rows, and widths differ only in their largest code.
         self.joint = all(fmt.is_affine for fmt in chosen) and len(set(self.sizes)) == 1
+        self.tile_map = layer.tile_map
         self.row_formats = layer.tile_map.repeat_interleave(tile_rows, dim=0)[:rows]
         most = max(fmt.groups(self.tile_columns) for fmt in chosen)
         self.scale = torch.ones((layer.tile_map.shape[1], most, rows))
@@ -313,12 +320,25 @@ class _Groups:
         """Formats present in a tile column with their rows."""
         if tile_column != self._column:
             column = self.row_formats[:, tile_column]
-            self._members = [
-                (index, (column == index).nonzero()[:, 0]) for index in column.unique().tolist()
-            ]
+            present = sorted(set(self.tile_map[:, tile_column].tolist()))
+            self._members = [(index, (column == index).nonzero()[:, 0]) for index in present]
             self._tops = self.top[column.long()]
             self._column = tile_column
         return self._members
+
+    def take(self, grids: QuantizedTensor) -> None:
+        """Use the groups' parameters of a tensor of the same plan."""
+        assert grids.formats == self.formats
+        assert not any(fmt.learned_grid for fmt in self.formats)
+        for section, _, parameters in grids.sections():
+            fmt, tensor_scale = section.format, self.tensor_scales[section.format_index]
+            if parameters.scale is None:
+                continue
+            self._put(section, self.scale, parameters.scale * tensor_scale)
+            zero = parameters.zero_point
+            if zero is None:
+                zero = torch.full_like(parameters.scale, fmt.fixed_zero_point)
+            self._put(section, self.zero_point, zero)
 
     def enter(self, stored: int, read: Callable[[Tensor], Tensor]) -> None:
         """Fit the groups whose first stored column is `stored`, from `read(columns) [n, rows]`."""
@@ -369,25 +389,38 @@ class _Groups:
             codes[rows] = code.flatten().to(codes.dtype)
             left[rows] -= fmt.decode(code, parameters).flatten() * tensor_scale
 
+    def unit(self, stored: int) -> Tensor:
+        """Scale times tensor scale of each row in one column [rows]."""
+        tile_column, offset = divmod(stored, self.tile_columns)
+        result = torch.empty_like(self.bottom)
+        for index, rows in self.members(tile_column):
+            if self.formats[index].scale_format is None:
+                result[rows] = self.tensor_scales[index]
+            else:
+                result[rows] = self.scale[tile_column, offset // self.sizes[index], rows]
+        return result
+
     def recall(self, section: Section) -> Parameters:
         """Parameters of a section's groups, as `pack` wants them: [tiles, rows, groups]."""
         if section.format.learned_grid is not None:
             return self.learned.recall(self.formats.index(section.format), section)
-        first_row = section.row_start
-        first_column = section.column_start // self.tile_columns
-        tall, wide = section.picked.shape
-
-        def box(table: Tensor) -> Tensor:
-            part = table[
-                first_column : first_column + wide,
-                : section.groups,
-                first_row : first_row + tall * section.rows,
-            ]
-            tiles = part.reshape(wide, section.groups, tall, section.rows).permute(2, 0, 3, 1)
-            return tiles[section.picked]
-
         index = self.formats.index(section.format)  # the section's counts formats in use only
-        return self._parameters(index, box(self.scale), box(self.zero_point))
+        scale, zero_point = self._get(section, self.scale), self._get(section, self.zero_point)
+        return self._parameters(index, scale, zero_point)
+
+    def _box(self, section: Section, table: Tensor) -> Tensor:
+        """View the part of a table that a section picks from: [tall, wide, rows, groups]."""
+        first = section.column_start // self.tile_columns
+        tall, wide = section.picked.shape
+        rows = slice(section.row_start, section.row_start + tall * section.rows)
+        part = table[first : first + wide, : section.groups, rows]
+        return part.unflatten(2, (tall, section.rows)).permute(2, 0, 3, 1)
+
+    def _get(self, section: Section, table: Tensor) -> Tensor:
+        return self._box(section, table)[section.picked]
+
+    def _put(self, section: Section, table: Tensor, values: Tensor) -> None:
+        self._box(section, table)[section.picked] = values
 
     def _parameters(self, index: int, scale: Tensor, zero_point: Tensor) -> Parameters:
         """Undo the merging with the tensor scale (a power of two where there are scales: exact)."""

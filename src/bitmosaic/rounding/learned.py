@@ -55,13 +55,11 @@ class LearnedGrids:
 
     def adapt(self, tile_column: int, columns: Tensor, read: Callable[[Tensor], Tensor]) -> None:
         """Adapt the grids of a tile column to its weights `read(columns) [n, out]` as they are."""
-        present = [
-            index for index in self._grids if bool((self._map[:, tile_column] == index).any())
-        ]
+        present = set(self._map[:, tile_column].tolist()) & self._grids.keys()
         if not present:
             return
         value = read(columns).t()
-        for index in present:
+        for index in sorted(present):
             for rows, tiles in self._bands(tile_column, index):
                 weight = self._cut(value, rows, len(tiles)) / self._scales[index]
                 mass = None
@@ -94,12 +92,14 @@ class LearnedGrids:
         tall, wide = section.picked.shape
         return grids[top : top + tall, start : start + wide]
 
-    def _bands(self, tile_column: int, index: int) -> list[tuple[Tensor, Tensor]]:
+    def _bands(self, tile_column: int, index: int) -> list[tuple[Tensor | slice, Tensor]]:
         """Rows and tile rows of a format in a tile column: full tiles, then the short one."""
+        if len(self._map) == 1:  # whole columns, for which an index would only cost time
+            return [(slice(None), torch.zeros(1, dtype=torch.int64))]
         tiles = (self._map[:, tile_column] == index).nonzero()[:, 0]
         height = self._tile[0]
         full = int(((tiles + 1) * height <= self._out).sum())
-        bands = []
+        bands: list[tuple[Tensor | slice, Tensor]] = []
         for part in (tiles[:full], tiles[full:]):
             if part.numel():
                 rows = (part[:, None] * height + torch.arange(height)).flatten()
@@ -107,7 +107,7 @@ class LearnedGrids:
         return bands
 
     @staticmethod
-    def _cut(matrix: Tensor, rows: Tensor, tiles: int) -> Tensor:
+    def _cut(matrix: Tensor, rows: Tensor | slice, tiles: int) -> Tensor:
         """Cut rows of a matrix into tiles: [tiles, rows, 1, columns]."""
         picked = matrix[rows]
         return picked.reshape(tiles, -1, 1, picked.shape[1])

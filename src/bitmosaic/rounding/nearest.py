@@ -9,7 +9,7 @@ from torch import Tensor
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
-from bitmosaic.tensor import QuantizedTensor, pack
+from bitmosaic.tensor import QuantizedTensor, Quantizer, pack
 from bitmosaic.tiling import Section, grid_shape, sections
 
 
@@ -17,14 +17,15 @@ def nearest(
     weight: Float[Tensor, "out in"],
     layer: LayerAllocation,
     importance: Float[Tensor, "out in"] | None = None,
+    encode: Quantizer | None = None,
 ) -> QuantizedTensor:
-    """Round every weight to its nearest grid point."""
+    """Round every weight to its nearest grid point; `encode` fits the grids in another way."""
     return pack(
         weight,
         layer.tile,
         layer.tile_map,
         layer.formats,
-        encode_nearest,
+        encode or encode_nearest,
         importance=importance,
         in_permutation=layer.in_permutation,
         out_permutation=layer.out_permutation,

@@ -24,7 +24,10 @@ class Pivots(Hessian):
     sequential = False
 
     def value(self) -> Tensor:
-        """Return the pivots, in_channels being visited by falling mean square."""
+        """Return the pivots, in_channels being visited by falling mean square.
+
+        Raises ValueError where rounding has left the moments without a factor.
+        """
         moments = super().value().double() / max(self.observations, 1)
         order = torch.argsort(moments.diagonal(), descending=True, stable=True)
         # Factorised from the last in_channel back: each is explained by the later ones.
@@ -33,7 +36,14 @@ class Pivots(Hessian):
         if mean == 0:
             return torch.zeros(self.shape[1])
         turned.diagonal().add_(DAMPING * mean)
-        pivots = torch.linalg.cholesky(turned).diagonal().flip(0).square()
-        result = torch.empty_like(pivots)
-        result[order] = pivots
-        return result.float()
+        lower, info = torch.linalg.cholesky_ex(turned)
+        if int(info):
+            raise ValueError(
+                "second moments must be positive definite after damping, but their factorisation "
+                f"fails over {self.observations} tokens. Calibrate on at least {self.shape[1]}, as "
+                "many as in_channels."
+            )
+        result = torch.empty_like(moments.diagonal())
+        result[order] = lower.diagonal().flip(0).square()
+        # Without damping a dead in_channel explains nothing, and its errors cost nothing.
+        return result.masked_fill_(moments.diagonal() == 0, 0.0).float()
