@@ -30,8 +30,8 @@ void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a,
                     float_run(m, run, place, a, first, count, own + panel * count * kRows, scratch);
                 },
                 [&](const Run& run, Place& place, int panels) {
-                    if (count == 1)
-                        one_token_channels(m, run, vbmi, place, panels, a, first, own);
+                    if (count <= kFew)
+                        few_channels(m, run, vbmi, place, panels, a, first, count, own);
                     else
                         tokens_channels(m, run, vbmi, place, panels, a, first, count, own, scratch);
                 });

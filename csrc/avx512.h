@@ -158,8 +158,9 @@ BITMOSAIC_INLINE void codes_of_pair(const uint8_t* codes, int quads, int pair, _
 // `alone`: the panel has no other run. `vbmi`: the CPU has that set of instructions too.
 void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,
                    float* y);
-void one_token_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
-                        int token, float* y);
+constexpr int kFew = 4;  // tokens at most
+void few_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
+                  int first, int count, float* y);
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch);
 void tokens_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
