@@ -98,6 +98,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "not_refitted": {"refit": False},
         "grids_with_outliers": {"alternations": 0},
         "extreme_grids": {"shrinks": 1},
+        "searched_grids": {"shrinks": 20},
         "fp16_outliers": {"outlier_format": "fp16"},
         "in_order": {"act_order": False},
     },

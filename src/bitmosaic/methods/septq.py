@@ -129,7 +129,7 @@ class Septq(Method):
     choose: str = "matrix"
     scope: str = "model"
     score_by: str = "code"
-    shrinks: int = 20
+    shrinks: int = 4
     alternations: int = 2
     mask_from: str = "sequential"
     rescore: bool = False
@@ -149,7 +149,7 @@ class Septq(Method):
         fits = share is None or 0 <= share <= 1
         require(fits, "outlier_fraction", "between 0 and 1, or none", share, "Try 0.01.")
         require(0 < self.damping < 1, "damping", "between 0 and 1", self.damping, "Try 0.01.")
-        require(1 <= self.shrinks <= 80, "shrinks", "between 1 and 80", self.shrinks, "Try 20.")
+        require(1 <= self.shrinks <= 80, "shrinks", "between 1 and 80", self.shrinks, "Try 4.")
         rounds = self.alternations
         require(0 <= rounds <= 8, "alternations", "between 0 and 8", rounds, "Try 2.")
         once = len(set(self.formats)) == len(self.formats) > 0

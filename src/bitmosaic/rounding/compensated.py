@@ -222,6 +222,8 @@ class _Sweep:
         columns left reaches them, and each other, through a triangular system.
         """
         start, stop = column, column + part.numel()
+        if part.numel() == 1:
+            return self.columns[start:stop]
         moved = self.columns[start:stop] - self.left[start:stop]
         reached = self.reached[start:stop].clone()
         reached[0] = column
