@@ -33,6 +33,7 @@ import torch
 
 import peers
 from bitmosaic import backends
+from bitmosaic.tensor import QuantizedTensor
 from contenders import (
     COLD_BYTES,
     Contender,
@@ -45,7 +46,7 @@ from contenders import (
     plan,
 )
 from figures import at_least, at_most, finish
-from matrices import MIX_2, MIX_3, MIX_4, random_tensor
+from matrices import CHANNELS_3, MIX_2, MIX_3, MIX_4, TILE, random_tensor
 from probes import Probes
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
@@ -62,22 +63,36 @@ CASES: dict[str, tuple[dict[str, float], float]] = {
     "codebook4": ({"codebook4": 1}, 0),
     "int4 + outliers": ({"int4-g128": 1}, OUTLIERS),
     "mix3.25 + outliers": (MIX_3, OUTLIERS),
+    "channel codebook2": ({"codebook2": 1}, 0),
+    "channel codebook3": ({"codebook3": 1}, 0),
+    "channel codebook4": ({"codebook4": 1}, 0),
+    "cmpq 3.0": (CHANNELS_3, 0),
+    "cmpq 3.0 + outliers": (CHANNELS_3, OUTLIERS),
 }
-"""Share of each format among the tiles, and of outliers; 64x128 tiles at random places."""
+"""Share of each format among the tiles, and of outliers; tiles at random places.
+
+Those of "channel" and "cmpq" are whole in_channels, each with a codebook; others are 64x128.
+"""
 
 STREAMED = ("int2", "int3", "int4", "mix2.5", "mix3.25", "mix4.3")
 UNIFORM = ("int2", "int3", "int4")
 NEAREST = {"mix4.3": "Q4_K", "mix3.25": "Q3_K", "mix2.5": "Q2_K"}
 """What llama.cpp has of about the same size: 4.48, 3.40, 2.64 bits against 4.50, 3.44, 2.63."""
-BATCHED = ("int4", "mix3.25", "mix2.5")
+BATCHED = ("int4", "mix3.25", "mix2.5", "cmpq 3.0")
 COMPARED = {
     "half int2, half int4": ("int3", 1.03),
     "int2 and int8": ("int4", 1.03),
     "codebook4": ("int4", 1.10),
     "int4 + outliers": ("int4", 1.15),
     "mix3.25 + outliers": ("mix3.25", 1.15),
+    "channel codebook2": ("int2", 1.10),
+    "channel codebook3": ("int3", 1.10),
+    "channel codebook4": ("int4", 1.10),
+    "cmpq 3.0": ("int3", 1.10),
+    "cmpq 3.0 + outliers": ("cmpq 3.0", 1.15),
 }
-"""What may take how much longer than what; the first two pairs are of equal size."""
+"""What may take how much longer than what; the first two pairs are of equal size, those of channels
+and uniform integers nearly (3.04 against 3.15 bits)."""
 
 Rows = list[dict[str, Any]]
 
@@ -156,12 +171,18 @@ def one_token(shapes: Iterable[tuple[int, int]], threads: list[int], quick: bool
 
 
 def _ours_one(shape: tuple[int, int], copies: int) -> list[Contender]:
-    tensors = {name: random_tensor(shape, mix, outliers=o) for name, (mix, o) in CASES.items()}
+    tensors = {name: _tensor(name, shape) for name in CASES}
     found = [Ours(name, tensor, copies) for name, tensor in tensors.items()]
     found += [Ours(f"{name} (op)", tensors[name], copies, native=False) for name in NEAREST]
     found += [Ours(f"{name} (avx2)", tensors[name], copies, level="avx2") for name in UNIFORM]
     found.append(Ours("mix3.25 (exact)", tensors["mix3.25"], copies, activations="exact"))
     return [*found]
+
+
+def _tensor(name: str, shape: tuple[int, int]) -> QuantizedTensor:
+    mix, outliers = CASES[name]
+    tile = (shape[0], 1) if name.startswith(("channel", "cmpq")) else TILE
+    return random_tensor(shape, mix, tile=tile, outliers=outliers)
 
 
 def _peers_one(shape: tuple[int, int], copies: int, threads: int) -> list[Contender]:
@@ -215,7 +236,7 @@ def batches(shapes: Iterable[tuple[int, int]], threads: list[int], quick: bool) 
     results: list[Result] = []
     rows: Rows = []
     for shape in shapes:
-        tensors = {name: random_tensor(shape, CASES[name][0]) for name in BATCHED}
+        tensors = {name: _tensor(name, shape) for name in BATCHED}
         ours: list[Contender] = [Ours(name, each, copies) for name, each in tensors.items()]
         exact = Ours("mix3.25 (exact)", tensors["mix3.25"], copies, activations="exact")
         for count in threads:

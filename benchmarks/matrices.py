@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.formats import SCALE_DTYPES, Format
+from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.tensor import QuantizedTensor, map_bits, store_indices
 from bitmosaic.tiling import Section, grid_shape, pack_planes, sections
 
@@ -25,18 +24,7 @@ Mix = Mapping[str, float]
 MIX_3 = {"int8-g128": 0.05, "int4-g128": 0.35, "int3-g128": 0.25, "int2-g128": 0.35}
 MIX_2 = {"int4-g128": 0.25, "int2-g128": 0.75}
 MIX_4 = {"int8-g128": 0.08, "int4-g128": 0.92}
-
-
-@dataclass(frozen=True)
-class Codebook(Format):
-    """A grid learned for each tile, in fp16, without scales: how the core sees any codebook."""
-
-    learned_grid: ClassVar[str | None] = "fp16"
-
-    @property
-    def name(self) -> str:
-        """How it is called in results."""
-        return f"codebook{self.bits}"
+CHANNELS_3 = {"codebook2": 0.25, "codebook3": 0.5, "codebook4": 0.25}
 
 
 def random_tensor(
@@ -49,7 +37,7 @@ def random_tensor(
 ) -> QuantizedTensor:
     """Make a tensor whose tiles have formats in the shares of `mix`, at random places."""
     source = np.random.default_rng(seed)
-    used = tuple(_format(name) for name in mix)
+    used = tuple(formats.get(name) for name in mix)
     tile_map = _tile_map(grid_shape(shape, tile), list(mix.values()), source)
     parts: dict[str, list[Tensor]] = {k: [] for k in ("codes", "scales", "zero_points", "grids")}
     for section in sections(shape, tile, used, tile_map):
@@ -65,10 +53,6 @@ def random_tensor(
         **joined,  # type: ignore[arg-type]
     )
     return _with_outliers(tensor, outliers, source) if outliers else tensor
-
-
-def _format(name: str) -> Format:
-    return Codebook(int(name[-1])) if name.startswith("codebook") else formats.get(name)
 
 
 def _tile_map(

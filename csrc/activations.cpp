@@ -70,6 +70,14 @@ struct Activated::Task {
     int32_t* sum;
     const int8_t* summed;  // q, also where it is there already
 
+    // A block of a token to int8, by way of what the columns' tables multiply it by.
+    float quantize(const float* values, size_t column, int columns, int8_t* to) const {
+        if (m.channel_scale == nullptr) return level.quantize(values, columns, to);
+        alignas(64) float scaled[kBlock];
+        for (int i = 0; i < columns; ++i) scaled[i] = values[i] * m.channel_scale[column + i];
+        return level.quantize(scaled, columns, to);
+    }
+
     // Columns of one block of `count` tokens from `first` on.
     void convert(uint32_t block, int first, int count) const {
         const size_t column = static_cast<size_t>(block) * kBlock;
@@ -83,7 +91,7 @@ struct Activated::Task {
             const float* from = direct ? reinterpret_cast<const float*>(row) + column : values;
             if (!direct) to_float(row, type, m.column_of, column, columns, values);
             const size_t entry = static_cast<size_t>(block) * tokens + t;
-            if (q != nullptr) scale[entry] = level.quantize(from, columns, q + entry * kBlock);
+            if (q != nullptr) scale[entry] = quantize(from, column, columns, q + entry * kBlock);
             if (sides != nullptr && x != nullptr) std::copy(values, values + columns, local[t - first]);
         }
         if (sides == nullptr) return;

@@ -15,6 +15,26 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
         [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
 }
 
+void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
+            float* y, uint8_t* scratch) {
+    each_panel(
+        m, begin, end, count, pass, y,
+        [&](uint32_t p, float* own) { panel(m, p, a, first, count, pass, own, scratch); },
+        [&](uint32_t p, int abreast, float* own) {
+            each_run_abreast(
+                m, p, abreast,
+                [&](const Run& run, Place& place, int panel) {
+                    float_run(m, run, place, a, first, count, own + panel * count * kRows, scratch);
+                },
+                [&](const Run& run, Place& place, int panels) {
+                    if (count == 1)
+                        one_token_channels(m, run, place, panels, a, first, own);
+                    else
+                        tokens_channels(m, run, place, panels, a, first, count, own, scratch);
+                });
+        });
+}
+
 // Largest of eight lanes.
 int32_t largest_of(__m256i v) {
     __m128i top = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -91,7 +111,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panel, avx2::unpack_planes,
+    static const Level level{"avx2", avx2::quantize, avx2::panels, avx2::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }

@@ -148,9 +148,50 @@ BITMOSAIC_INLINE void unpack_high(const uint8_t* codes, int quads, int pair, uin
     }
 }
 
+// Sixteen bytes in both halves of a vector.
+BITMOSAIC_INLINE __m256i twice(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// The tables of a quad of a channel_table cell, each byte flipped by `flip`, as shuffles read them: of up to two
+// bits all four columns in one vector, of three bits two columns, of four bits one.
+template <int bits>
+struct QuadTables {
+    static constexpr int count = bits <= 2 ? 1 : bits == 3 ? 2 : 4;
+    __m256i part[count];
+
+    BITMOSAIC_INLINE QuadTables(const uint8_t* tables, __m256i flip) {
+        for (int i = 0; i < count; ++i) part[i] = _mm256_xor_si256(twice(tables + 16 * i), flip);
+    }
+
+    // Values of what `fields` gives.
+    BITMOSAIC_INLINE __m256i values(__m256i f) const {
+        if constexpr (bits == 4) {
+            const __m256i odd = _mm256_set1_epi16(static_cast<int16_t>(0xFF00));
+            const __m256i low = _mm256_blendv_epi8(_mm256_shuffle_epi8(part[0], f),
+                                                   _mm256_shuffle_epi8(part[1], f), odd);
+            const __m256i high = _mm256_blendv_epi8(_mm256_shuffle_epi8(part[2], f),
+                                                    _mm256_shuffle_epi8(part[3], f), odd);
+            return _mm256_blend_epi16(low, high, 0xAA);
+        } else if constexpr (bits == 3) {
+            const __m256i index = _mm256_or_si256(f, _mm256_set1_epi16(0x0800));
+            return _mm256_blend_epi16(_mm256_shuffle_epi8(part[0], index),
+                                      _mm256_shuffle_epi8(part[1], index), 0xAA);
+        } else {
+            const __m256i column = _mm256_set1_epi32(0x03020100 << bits);
+            const __m256i code = _mm256_shuffle_epi8(kPlain<bits>.both(), f);
+            return _mm256_shuffle_epi8(part[0], _mm256_or_si256(code, column));
+        }
+    }
+};
+
 void one_token_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int token, float* y);
+void one_token_channels(const Matrix& m, const Run& run, Place& place, int panels, const Activations& a,
+                        int token, float* y);
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch);
+void tokens_channels(const Matrix& m, const Run& run, Place& place, int panels, const Activations& a, int first,
+                     int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
 

@@ -24,8 +24,9 @@ BITMOSAIC_INLINE __m256 pick(__m256 low, __m256 high, __m256i code) {
 
 // Columns [first, first + columns), the fill up to a pair of quads included; first begins a pair.
 template <Kind kind, int bits>
-void decode_quads(const uint8_t* cell, int quads, const SmallTable* table, int first, int columns,
-                  float* out) {
+void decode_quads(const Matrix& m, const uint8_t* bytes, const Cell& cell, int first, int columns, float* out) {
+    const auto [start, length] = m.segment[cell.segment];
+    const int n = quads(length);
     const __m256i byte_of = _mm256_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12);
     __m256i take[4];  // shuffles that leave byte j of every lane, and zeros above it
     for (int j = 0; j < 4; ++j)
@@ -33,16 +34,30 @@ void decode_quads(const uint8_t* cell, int quads, const SmallTable* table, int f
                                   _mm256_set1_epi32(static_cast<int32_t>(0x80808000)));
     __m256 zero_point[kVectors], low = _mm256_setzero_ps(), high = low;
     if constexpr (kind == Kind::table) {
-        low = _mm256_loadu_ps(table->value);
-        high = _mm256_loadu_ps(table->value + 8);
-    } else {
-        for (int i = 0; i < kVectors; ++i) zero_point[i] = zeros_of(cell, i, bits == 1);
+        low = _mm256_loadu_ps(m.small_table[cell.table].value);
+        high = _mm256_loadu_ps(m.small_table[cell.table].value + 8);
+    } else if constexpr (kind == Kind::affine) {
+        for (int i = 0; i < kVectors; ++i) zero_point[i] = zeros_of(bytes, i, bits == 1);
     }
     const __m256i plain = kPlain<bits>.both();
     alignas(32) uint8_t codes[2 * 256];
     for (int pair = first / 8; pair < (first + columns + 7) / 8; ++pair, out += 8 * kRows) {
-        unpack_low<bits>(cell + kHeader, pair, plain, codes);
-        unpack_high<bits>(cell + kHeader, quads, pair, codes);
+        unpack_low<bits>(bytes + header_bytes(kind), pair, plain, codes);
+        unpack_high<bits>(bytes + header_bytes(kind), n, pair, codes);
+        if constexpr (kind == Kind::channel_table) {
+            for (int column = 0; column < 8; ++column) {
+                const uint32_t place = start + std::min(8 * pair + column, static_cast<int>(length) - 1);
+                const float* values = m.channel_values + m.channel_value[place];
+                low = _mm256_loadu_ps(values);
+                high = _mm256_loadu_ps(values + 8);
+                for (int i = 0; i < kVectors; ++i) {
+                    const __m256i word = load(codes + 256 * (column / 4) + 32 * i);
+                    const __m256i code = _mm256_shuffle_epi8(word, take[column % 4]);
+                    _mm256_store_ps(out + column * kRows + 8 * i, pick(low, high, code));
+                }
+            }
+            continue;
+        }
         for (int quad = 0; quad < 2; ++quad) {
             for (int i = 0; i < kVectors; ++i) {
                 const __m256i word = load(codes + 256 * quad + 32 * i);
@@ -81,12 +96,16 @@ BITMOSAIC_INLINE __m256 eight_values(const uint8_t* p, int vector, const WideTab
 template <Kind kind, int bits>
 void decode(const Matrix& m, const uint8_t* bytes, const Cell& cell, int first, int columns, float* out) {
     if constexpr (is_quad(kind)) {
-        const int n = quads(m.segment[cell.segment].length);
-        decode_quads<kind, bits>(bytes, n, m.small_table + cell.table, first, columns, out);
+        decode_quads<kind, bits>(m, bytes, cell, first, columns, out);
         return;
     }
     const WideTable* table = m.wide_table + cell.table;
     const uint8_t* p = bytes + kHeader + column_bytes(kind) * first;
+    if constexpr (kind == Kind::wide_channel_table) {
+        const uint32_t* value = m.channel_value + m.segment[cell.segment].start + first;
+        for (int i = 0; i < columns * kRows; ++i) out[i] = m.channel_values[value[i / kRows] + p[i]];
+        return;
+    }
     if (kind == Kind::wide_table && table->like == WideTable::any) {
         for (int i = 0; i < columns * kRows; ++i) out[i] = table->value[p[i]];
         return;
@@ -116,10 +135,11 @@ BITMOSAIC_INLINE void multiply(const float* w, int columns, const float* x, size
     for (int i = 0; i < tokens * vectors; ++i) acc[i] = sum[i / vectors][i % vectors];
 }
 
-BITMOSAIC_INLINE void add(const __m256* acc, int vectors, const uint8_t* bytes, int vector, float factor,
+// `scales`: the cell's header, null where it has none.
+BITMOSAIC_INLINE void add(const __m256* acc, int vectors, const uint8_t* scales, int vector, float factor,
                           float* y) {
     for (int i = vector; i < vector + vectors; ++i, ++acc) {
-        const __m256 row = _mm256_mul_ps(*acc, scales_of(bytes, i));
+        const __m256 row = scales == nullptr ? *acc : _mm256_mul_ps(*acc, scales_of(scales, i));
         const __m256 sum = _mm256_fmadd_ps(row, _mm256_set1_ps(factor), _mm256_loadu_ps(y + 8 * i));
         _mm256_storeu_ps(y + 8 * i, sum);
     }
@@ -128,14 +148,14 @@ BITMOSAIC_INLINE void add(const __m256* acc, int vectors, const uint8_t* bytes, 
 // A whole decoded cell times `tokens` tokens, half a panel at a time.
 template <int tokens>
 BITMOSAIC_APART void tile(const float* w, int columns, const float* x, size_t stride,
-                          const uint8_t* bytes, float factor, float* y) {
+                          const uint8_t* scales, float factor, float* y) {
     constexpr int vectors = kVectors / 2;
     for (int vector = 0; vector < kVectors; vector += vectors) {
         __m256 acc[tokens * vectors];
         for (__m256& sum : acc) sum = _mm256_setzero_ps();
         multiply<tokens, vectors>(w + 8 * vector, columns, x, stride, acc);
         for (int t = 0; t < tokens; ++t)
-            add(acc + t * vectors, vectors, bytes, vector, factor, y + t * kRows);
+            add(acc + t * vectors, vectors, scales, vector, factor, y + t * kRows);
     }
 }
 
@@ -145,12 +165,14 @@ constexpr Tile kTiles[kTokens] = {tile<1>, tile<2>, tile<3>};
 template <Kind kind, int bits>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
-    const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
     float* decoded = reinterpret_cast<float*>(scratch);
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int length = static_cast<int>(segment.length);
+        const size_t size = cell_bytes(kind, bits, segment.length);
+        const uint8_t* bytes = place.bytes + place.index * size;
+        const uint8_t* scales = header_bytes(kind) == 0 ? nullptr : bytes;
         const float* x = a.x + first * a.stride + segment.start;
         if (count == 1) {
             __m256 acc[kVectors];
@@ -160,16 +182,16 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
                 decode<kind, bits>(m, bytes, *cell, column, columns, decoded);
                 multiply<1, kVectors>(decoded, columns, x + column, 0, acc);
             }
-            add(acc, kVectors, bytes, 0, cell->factor, y);
+            add(acc, kVectors, scales, 0, cell->factor, y);
         } else {
             decode<kind, bits>(m, bytes, *cell, 0, length, decoded);
             for (int t = 0; t < count; t += kTokens)
-                kTiles[std::min(count - t, kTokens) - 1](decoded, length, x + t * a.stride, a.stride, bytes,
+                kTiles[std::min(count - t, kTokens) - 1](decoded, length, x + t * a.stride, a.stride, scales,
                                                          cell->factor, y + t * kRows);
         }
-        bytes += cell_bytes(kind, bits, segment.length);
+        place.bytes += place.abreast * size;
     }
-    place = {bytes, cell};
+    place.cell = cell;
 }
 
 }  // namespace

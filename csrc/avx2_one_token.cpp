@@ -134,7 +134,8 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         }
         bytes += kHeader + static_cast<size_t>(n) * 32 * bits;
     }
-    place = {bytes, cell};
+    place.bytes = bytes;
+    place.cell = cell;
 }
 
 }  // namespace

@@ -184,7 +184,49 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
                                                             factor, y + t * kRows);
         bytes += size;
     }
-    place = {bytes, cell};
+    place.bytes = bytes;
+    place.cell = cell;
+}
+
+// Cells whose columns have tables of their own, of `panels` panels abreast: to bytes through the tables, of
+// which those of the fill give 0.
+template <int bits>
+BITMOSAIC_APART void walk_channels(const Matrix& m, uint32_t cells, Place& place, int panels,
+                                   const Activations& a, int first, int count, float* y, uint8_t* scratch) {
+    const __m256i as_it_is = _mm256_setzero_si256();
+    const Cell* cell = place.cell;
+    for (const Cell* end = cell + cells; cell != end; ++cell) {
+        const Segment segment = m.segment[cell->segment];
+        const size_t size = cell_bytes(Kind::channel_table, bits, segment.length);
+        const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
+        const int8_t* q = a.q + entry * kBlock + segment.start % kBlock;
+        const int32_t* sum = a.sum + static_cast<size_t>(cell->segment) * a.tokens + first;
+        Weights w;
+        w.codes = scratch;
+        w.quads = quads(segment.length);
+        for (int i = 0; i < kVectors; ++i) {
+            w.scale[i] = _mm256_set1_ps(1.0f);
+            w.zero_point[i] = _mm256_set1_ps(128.0f);
+        }
+        for (int panel = 0; panel < panels; ++panel) {
+            const uint8_t* codes = place.bytes + (place.index + panel) * size;
+            const uint8_t* tables = m.channel_codes + size_t{64} * cell->table;
+            for (int pair = 0; pair < w.quads / 2; ++pair, tables += 2 * quad_table_bytes(bits)) {
+                const QuadTables<bits> table[2] = {{tables, as_it_is},
+                                                   {tables + quad_table_bytes(bits), as_it_is}};
+                fields<bits>(codes + 64 * bits * pair, [&](int quad, int vector, __m256i f) {
+                    store(scratch + 512 * pair + 256 * quad + 32 * vector, table[quad].values(f));
+                });
+            }
+            w.next = codes + size + kAhead;
+            w.lines = (static_cast<int>(size) / kLine + 3) / 4;
+            for (int t = 0; t < count; t += kTokens, w.lines = 0)
+                kTiles<8>[std::min(count - t, kTokens) - 1](w, q + t * kBlock, a.scale + entry + t, sum + t, 1.0f,
+                                                            y + (panel * count + t) * kRows);
+        }
+        place.bytes += place.abreast * size;
+    }
+    place.cell = cell;
 }
 
 }  // namespace
@@ -193,6 +235,13 @@ void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations
                 float* y, uint8_t* scratch) {
     with_quad(run, [&](auto kind, auto bits) {
         walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+    });
+}
+
+void tokens_channels(const Matrix& m, const Run& run, Place& place, int panels, const Activations& a, int first,
+                     int count, float* y, uint8_t* scratch) {
+    with_channels(run, [&](auto, auto bits) {
+        walk_channels<bits>(m, run.cells, place, panels, a, first, count, y, scratch);
     });
 }
 

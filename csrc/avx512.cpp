@@ -1,4 +1,4 @@
-// The AVX-512 level (F, BW, VL, DQ, VNNI): walks the runs of a panel, rounds activations, spreads planes.
+// The AVX-512 levels (F, BW, VL, DQ, VNNI; and VBMI): walks the runs of a panel, rounds activations, spreads planes.
 #include "avx512.h"
 #include "step_math.h"
 
@@ -6,6 +6,7 @@ namespace bitmosaic {
 namespace avx512 {
 namespace {
 
+template <bool vbmi>
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
     const bool alone = m.panel[p + 1].run - m.panel[p].run == 1;
@@ -14,6 +15,27 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
         [&](const Run& run, Place& place) { float_run(m, run, place, a, first, count, y, scratch); },
         [&](const Run& run, Place& place) { one_token_run(m, run, alone, place, a, first, y); },
         [&](const Run& run, Place& place) { tokens_run(m, run, place, a, first, count, y, scratch); });
+}
+
+template <bool vbmi>
+void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
+            float* y, uint8_t* scratch) {
+    each_panel(
+        m, begin, end, count, pass, y,
+        [&](uint32_t p, float* own) { panel<vbmi>(m, p, a, first, count, pass, own, scratch); },
+        [&](uint32_t p, int abreast, float* own) {
+            each_run_abreast(
+                m, p, abreast,
+                [&](const Run& run, Place& place, int panel) {
+                    float_run(m, run, place, a, first, count, own + panel * count * kRows, scratch);
+                },
+                [&](const Run& run, Place& place, int panels) {
+                    if (count <= kFew)
+                        few_channels(m, run, vbmi, place, panels, a, first, count, own);
+                    else
+                        tokens_channels(m, run, vbmi, place, panels, a, first, count, own, scratch);
+                });
+        });
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -67,7 +89,13 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panel, avx512::unpack_planes,
+    static const Level level{"avx512", avx512::quantize, avx512::panels<false>, avx512::unpack_planes,
+                             normalize, gate, attend};
+    return &level;
+}
+
+const Level* avx512vbmi_level() {
+    static const Level level{"avx512vbmi", avx512::quantize, avx512::panels<true>, avx512::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }

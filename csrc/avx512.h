@@ -44,36 +44,101 @@ BITMOSAIC_INLINE __m512 zeros_of(const uint8_t* cell, int set, bool halves) {
 }
 
 // Codes of quads 2p, 2p + 1 of a part: eight vectors, [quad][set]. `part` is the first byte of the part.
-template <int bits>
-BITMOSAIC_INLINE void unpack_pair(const uint8_t* part, int pair, __m512i out[8]) {
+// cut(v, n, mask) makes a code of each byte shifted right by n and cut to `mask`: `field`, or more.
+template <int bits, class Cut>
+BITMOSAIC_INLINE void unpack_pair(const uint8_t* part, int pair, Cut cut, __m512i out[8]) {
     const uint8_t* p = part + pair * 64 * bits;
     if constexpr (bits == 8) {
         for (int i = 0; i < 8; ++i) out[i] = load(p + 64 * i);
     } else if constexpr (bits == 4) {
         for (int i = 0; i < 4; ++i) {
             const __m512i v = load(p + 64 * i);
-            out[2 * i] = keep(v, 0x0F);
-            out[2 * i + 1] = field(v, 4, 0x0F);
+            out[2 * i] = cut(v, 0, 0x0F);
+            out[2 * i + 1] = cut(v, 4, 0x0F);
         }
     } else if constexpr (bits == 2) {
         for (int quad = 0; quad < 2; ++quad) {
             const __m512i v = load(p + 64 * quad);
-            for (int set = 0; set < 4; ++set) out[4 * quad + set] = field(v, 2 * set, 0x03);
+            for (int set = 0; set < 4; ++set) out[4 * quad + set] = cut(v, 2 * set, 0x03);
         }
     } else if constexpr (bits == 3) {
         const __m512i a = load(p), b = load(p + 64), c = load(p + 128);
-        out[0] = keep(a, 0x07);
-        out[1] = field(a, 3, 0x07);
-        out[2] = _mm512_or_si512(field(a, 5, 0x06), field(b, 6, 0x01));
-        out[3] = keep(b, 0x07);
-        out[4] = keep(c, 0x07);
-        out[5] = field(c, 3, 0x07);
-        out[6] = _mm512_or_si512(field(c, 5, 0x06), field(b, 7, 0x01));
-        out[7] = field(b, 3, 0x07);
+        out[0] = cut(a, 0, 0x07);
+        out[1] = cut(a, 3, 0x07);
+        out[2] = _mm512_or_si512(cut(a, 5, 0x06), field(b, 6, 0x01));
+        out[3] = cut(b, 0, 0x07);
+        out[4] = cut(c, 0, 0x07);
+        out[5] = cut(c, 3, 0x07);
+        out[6] = _mm512_or_si512(cut(c, 5, 0x06), field(b, 7, 0x01));
+        out[7] = cut(b, 3, 0x07);
     } else {
         static_assert(bits == 1);
         const __m512i v = load(p);
-        for (int i = 0; i < 8; ++i) out[i] = field(v, i, 0x01);
+        for (int i = 0; i < 8; ++i) out[i] = cut(v, i, 0x01);
+    }
+}
+
+template <int bits>
+BITMOSAIC_INLINE void unpack_pair(const uint8_t* part, int pair, __m512i out[8]) {
+    const auto plain = [](__m512i v, int n, int mask) __attribute__((always_inline)) {
+        return n == 0 ? keep(v, mask) : field(v, n, mask);
+    };
+    unpack_pair<bits>(part, pair, plain, out);
+}
+
+// table[index] of every byte, the low six bits of each counting. An instruction of its own set, VBMI: as
+// assembler, it can stand beside code for CPUs without it.
+BITMOSAIC_INLINE __m512i permute(__m512i table, __m512i index) {
+    __m512i out;
+    asm("vpermb %1, %2, %0" : "=v"(out) : "v"(table), "v"(index));
+    return out;
+}
+
+BITMOSAIC_INLINE __m512i four_times(const uint8_t* p) {  // 16 bytes, in every quarter
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Table values of quads 2p, 2p + 1 of a channel_table cell, eight vectors [quad][set]; `tables` are those of
+// the pair. Column j of a quad looks up at (j << bits) + code: with VBMI in up to 64 bytes at once, else in 16.
+template <int bits, bool vbmi>
+BITMOSAIC_INLINE void values_of_pair(const uint8_t* codes, int pair, const uint8_t* tables, __m512i out[8]) {
+    const __m512i column = _mm512_set1_epi32(0x03020100 << bits);
+    const auto place = [column](__m512i v, int n, int mask) __attribute__((always_inline)) {
+        const __m512i low = n == 0 ? v : _mm512_srli_epi16(v, n);  // and the column's number above it
+        return _mm512_ternarylogic_epi32(low, _mm512_set1_epi8(static_cast<char>(mask)), column, 0xEA);
+    };
+    unpack_pair<bits>(codes, pair, place, out);
+#pragma GCC unroll 2
+    for (int quad = 0; quad < 2; ++quad, tables += quad_table_bytes(bits), out += 4) {
+        if constexpr (bits <= 2) {
+            const __m512i table = four_times(tables);
+#pragma GCC unroll 4
+            for (int set = 0; set < 4; ++set) out[set] = _mm512_shuffle_epi8(table, out[set]);
+        } else if constexpr (vbmi) {
+            const __m512i table = bits == 4 ? load(tables)
+                                            : _mm512_castsi256_si512(_mm256_loadu_si256(
+                                                  reinterpret_cast<const __m256i*>(tables)));
+#pragma GCC unroll 4
+            for (int set = 0; set < 4; ++set) out[set] = permute(table, out[set]);
+        } else if constexpr (bits == 3) {
+            const __m512i low = four_times(tables), high = four_times(tables + 16);
+#pragma GCC unroll 4
+            for (int set = 0; set < 4; ++set) {
+                const __m512i first = _mm512_shuffle_epi8(low, out[set]);
+                out[set] = _mm512_mask_shuffle_epi8(first, 0xCCCCCCCCCCCCCCCC, high, out[set]);
+            }
+        } else {
+            const __m512i table[4] = {four_times(tables), four_times(tables + 16), four_times(tables + 32),
+                                      four_times(tables + 48)};
+#pragma GCC unroll 4
+            for (int set = 0; set < 4; ++set) {
+                const __m512i index = out[set];
+                __m512i value = _mm512_shuffle_epi8(table[0], index);
+                value = _mm512_mask_shuffle_epi8(value, 0x2222222222222222, table[1], index);
+                value = _mm512_mask_shuffle_epi8(value, 0x4444444444444444, table[2], index);
+                out[set] = _mm512_mask_shuffle_epi8(value, 0x8888888888888888, table[3], index);
+            }
+        }
     }
 }
 
@@ -90,11 +155,16 @@ BITMOSAIC_INLINE void codes_of_pair(const uint8_t* codes, int quads, int pair, _
     }
 }
 
-// `alone`: the panel has no other run.
+// `alone`: the panel has no other run. `vbmi`: the CPU has that set of instructions too.
 void one_token_run(const Matrix& m, const Run& run, bool alone, Place& place, const Activations& a, int token,
                    float* y);
+constexpr int kFew = 4;  // tokens at most
+void few_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
+                  int first, int count, float* y);
 void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                 float* y, uint8_t* scratch);
+void tokens_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
+                     int first, int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
 

@@ -189,7 +189,8 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         bytes += kHeader + static_cast<size_t>(n) * 32 * bits;
     }
     for (int set = 0; set < 4; ++set) _mm512_storeu_ps(y + 16 * set, total[set]);
-    place = {bytes, cell};
+    place.bytes = bytes;
+    place.cell = cell;
 }
 
 }  // namespace

@@ -139,13 +139,27 @@ const int8_t* block_of(const Matrix& m, const Activations& a, const Cell& cell) 
     return a.q + static_cast<size_t>(m.segment[cell.segment].start / kBlock) * a.tokens * kBlock;
 }
 
+// One cell times all tokens. `next_block`: the activations that the next cell reads.
+template <int bits>
+BITMOSAIC_INLINE void meet(Weights& w, const int8_t* q, const int8_t* next_block, const float* scale,
+                           const int32_t* sum, float factor, int count, float* y) {
+    const int tiles = (count + kTokens - 1) / kTokens;
+    // Equal tiles: 7 tokens as 4 and 3, since a lone token would wait for its own results.
+    for (int t = 0, i = 0; i < tiles; ++i) {
+        const int width = (count - t + (tiles - i) - 1) / (tiles - i);
+        w.next_q = i + 1 == tiles ? next_block : q + (t + width) * kBlock;
+        kTiles<bits>[width - 1](w, q + t * kBlock, scale + t, sum + t, factor, y + t * kRows);
+        w.lines = 0;
+        t += width;
+    }
+}
+
 template <Kind kind, int bits>
 BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const Activations& a, int first,
                           int count, float* y, uint8_t* scratch) {
     constexpr bool in_place = kind == Kind::affine && (bits == 8 || bits == 4 || bits == 2);
     const uint8_t* bytes = place.bytes;
     const Cell* cell = place.cell;
-    const int tiles = (count + kTokens - 1) / kTokens;
     for (const Cell* end = cell + cells; cell != end; ++cell) {
         const Segment segment = m.segment[cell->segment];
         const int n = quads(segment.length);
@@ -174,19 +188,49 @@ BITMOSAIC_APART void walk(const Matrix& m, uint32_t cells, Place& place, const A
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
         const int8_t* q = block_of(m, a, *cell) + first * kBlock + segment.start % kBlock;
         const int32_t* sum = a.sum + static_cast<size_t>(cell->segment) * a.tokens + first;
-        // Equal tiles: 7 tokens as 4 and 3, since a lone token would wait for its own results.
-        for (int t = 0, i = 0; i < tiles; ++i) {
-            const int width = (count - t + (tiles - i) - 1) / (tiles - i);
-            w.next_q = q + (t + width) * kBlock;
-            if (i + 1 == tiles && cell + 1 != end) w.next_q = block_of(m, a, cell[1]) + first * kBlock;
-            kTiles<in_place ? bits : 8>[width - 1](w, q + t * kBlock, a.scale + entry + t, sum + t, factor,
-                                                   y + t * kRows);
-            w.lines = 0;
-            t += width;
-        }
+        const int8_t* next_block = cell + 1 == end ? q : block_of(m, a, cell[1]) + first * kBlock;
+        meet<in_place ? bits : 8>(w, q, next_block, a.scale + entry, sum, factor, count, y);
         bytes += size;
     }
-    place = {bytes, cell};
+    place.bytes = bytes;
+    place.cell = cell;
+}
+
+// Cells whose columns have tables of their own, of `panels` panels abreast: to bytes through the tables, of
+// which those of the fill give 0.
+template <int bits, bool vbmi>
+BITMOSAIC_APART void walk_channels(const Matrix& m, uint32_t cells, Place& place, int panels,
+                                   const Activations& a, int first, int count, float* y, uint8_t* scratch) {
+    const Cell* cell = place.cell;
+    for (const Cell* end = cell + cells; cell != end; ++cell) {
+        const Segment segment = m.segment[cell->segment];
+        const size_t size = cell_bytes(Kind::channel_table, bits, segment.length);
+        const uint8_t* tables = m.channel_codes + size_t{64} * cell->table;
+        const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first;
+        const int8_t* q = block_of(m, a, *cell) + first * kBlock + segment.start % kBlock;
+        const int32_t* sum = a.sum + static_cast<size_t>(cell->segment) * a.tokens + first;
+        Weights w;
+        w.codes = scratch;
+        w.quads = quads(segment.length);
+        for (int set = 0; set < 4; ++set) {
+            w.scale[set] = _mm512_set1_ps(1.0f);
+            w.zero_point[set] = _mm512_set1_ps(128.0f);
+        }
+        for (int panel = 0; panel < panels; ++panel) {
+            const uint8_t* codes = place.bytes + (place.index + panel) * size;
+            for (int pair = 0; pair < w.quads / 2; ++pair) {
+                __m512i v[8];
+                values_of_pair<bits, vbmi>(codes, pair, tables + 2 * pair * quad_table_bytes(bits), v);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) _mm512_store_si512(scratch + 512 * pair + 64 * i, v[i]);
+            }
+            w.next = codes + size;
+            w.lines = bits;
+            meet<8>(w, q, q, a.scale + entry, sum, 1.0f, count, y + panel * count * kRows);
+        }
+        place.bytes += place.abreast * size;
+    }
+    place.cell = cell;
 }
 
 }  // namespace
@@ -195,6 +239,16 @@ void tokens_run(const Matrix& m, const Run& run, Place& place, const Activations
                 float* y, uint8_t* scratch) {
     with_quad(run, [&](auto kind, auto bits) {
         walk<kind, bits>(m, run.cells, place, a, first, count, y, scratch);
+    });
+}
+
+void tokens_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, int panels, const Activations& a,
+                     int first, int count, float* y, uint8_t* scratch) {
+    with_channels(run, [&](auto, auto bits) {
+        if (vbmi)
+            walk_channels<bits, true>(m, run.cells, place, panels, a, first, count, y, scratch);
+        else
+            walk_channels<bits, false>(m, run.cells, place, panels, a, first, count, y, scratch);
     });
 }
 

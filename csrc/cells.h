@@ -50,7 +50,15 @@ inline float column_value(const uint8_t* codes, Kind kind, const WideTable* tabl
     return value;
 }
 
-inline float scale_of(const uint8_t* cell, int row) { return half_to_float(read16(cell + 2 * row)); }
+inline float scale_of(const uint8_t* cell, Kind kind, int row) {
+    return header_bytes(kind) == 0 ? 1.0f : half_to_float(read16(cell + 2 * row));
+}
+
+// round(value / step) + 128 of a column of a channel_table cell.
+inline uint8_t channel_code(const Matrix& m, const Run& run, const Cell& cell, int column, int code) {
+    const uint8_t* quad = m.channel_codes + size_t{64} * cell.table + column / 4 * quad_table_bytes(run.bits);
+    return quad[(column % 4 << run.bits) + code];
+}
 
 inline float zero_point_of(const uint8_t* cell, const Run& run, int row) {
     const float stored = cell[128 + row];
@@ -60,8 +68,13 @@ inline float zero_point_of(const uint8_t* cell, const Run& run, int row) {
 // grid[code] - zero_point of any kind of cell.
 inline float cell_value(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes, int row,
                         int column) {
-    const uint8_t* codes = bytes + kHeader;
-    const uint32_t length = m.segment[cell.segment].length;
+    const uint8_t* codes = bytes + header_bytes(run.kind);
+    const auto [start, length] = m.segment[cell.segment];
+    if (run.kind == Kind::channel_table)
+        return m.channel_values[m.channel_value[start + column] +
+                                quad_code(codes, run.bits, length, row, column)];
+    if (run.kind == Kind::wide_channel_table)
+        return m.channel_values[m.channel_value[start + column] + codes[column * kRows + row]];
     if (run.kind == Kind::affine) {
         const int code = quad_code(codes, run.bits, length, row, column);
         return static_cast<float>(code) - zero_point_of(bytes, run, row);

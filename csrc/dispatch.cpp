@@ -10,6 +10,7 @@ namespace bitmosaic {
 #if !defined(BITMOSAIC_X86)
 const Level* avx2_level() { return nullptr; }
 const Level* avx512_level() { return nullptr; }
+const Level* avx512vbmi_level() { return nullptr; }
 #endif
 
 namespace {
@@ -32,10 +33,20 @@ bool has_avx512() {
 #endif
 }
 
+// Cascade Lake has VNNI without VBMI; Ice Lake, Zen 4 and all later ones have both.
+bool has_avx512vbmi() {
+#if defined(BITMOSAIC_X86)
+    return has_avx512() && __builtin_cpu_supports("avx512vbmi");
+#else
+    return false;
+#endif
+}
+
 std::vector<const Level*> available() {  // best last
     std::vector<const Level*> levels{&scalar_level()};
     if (const Level* level = has_avx2() ? avx2_level() : nullptr) levels.push_back(level);
     if (const Level* level = has_avx512() ? avx512_level() : nullptr) levels.push_back(level);
+    if (const Level* level = has_avx512vbmi() ? avx512vbmi_level() : nullptr) levels.push_back(level);
     return levels;
 }
 

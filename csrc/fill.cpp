@@ -22,11 +22,14 @@ public:
     }
 
     void fill() {
-        uint8_t* out = to_.data + plan_.panels[panel_].offset;
+        uint8_t* first = to_.data + plan_.panels[panel_].offset;  // of cells abreast
+        const uint32_t index = panel_ % plan_.abreast;
+        const uint32_t abreast = std::min(plan_.abreast, file_.panels - (panel_ - index));
         for (uint32_t i = plan_.panels[panel_].cell; i < plan_.panels[panel_ + 1].cell; ++i) {
             const PlannedCell& cell = plan_.cells[i];
-            fill_cell(cell, out);
-            out += cell_bytes(cell.kind, cell.bits, cell.length);
+            const size_t size = cell_bytes(cell.kind, cell.bits, cell.length);
+            fill_cell(cell, first + index * size);
+            first += abreast * size;
         }
     }
 
@@ -45,7 +48,7 @@ private:
         uint64_t* const all = to_.outliers;
         for (uint32_t row = panel_ * kRows; row < (panel_ + 1) * kRows; ++row) {
             const uint32_t first = outlier_begin(row), last = to_.outlier_end[row];
-            if (!file_.column_of.empty()) std::sort(all + first, all + last);
+            if (!plan_.column_of.empty()) std::sort(all + first, all + last);
             for (uint32_t i = first; i < last; ++i) {
                 to_.outlier_column[i] = static_cast<uint16_t>(all[i] >> 32);
                 to_.outlier_value[i] = float_of_bits(static_cast<uint32_t>(all[i]));
@@ -55,6 +58,7 @@ private:
     }
 
     void fill_cell(const PlannedCell& cell, uint8_t* out) {
+        if (!plan_.channels.order.empty()) return fill_channels(cell, out);
         const uint32_t tile_column = cell.start / file_.tile_columns;
         within_ = cell.start - tile_column * file_.tile_columns;
         for (int s = 0; s < count_; ++s) tiles_[s] = file_.tile(slots_[s].tile_row, tile_column);
@@ -77,12 +81,68 @@ private:
             write_header(s, cell, out);
         }
         if (to_.outlier_end) take_outliers(cell, grid, out);
+        write_codes(cell, codes);
+    }
+
+    void write_codes(const PlannedCell& cell, uint8_t* out) const {
         if (is_quad(cell.kind))
-            write_quads(codes_, cell.length, cell.bits, codes);
-        else if (cell.kind == Kind::wide_table)
-            write_bytes(codes_, cell.length, codes);
+            write_quads(codes_, cell.length, cell.bits, out);
+        else if (column_bytes(cell.kind) == kRows)
+            write_bytes(codes_, cell.length, out);
         else
-            write_pairs(codes_, high_, cell.length, codes);
+            write_pairs(codes_, high_, cell.length, out);
+    }
+
+    // A cell of a channel-wise matrix, whose tiles span all rows: tile by tile.
+    void fill_channels(const PlannedCell& cell, uint8_t* out) {
+        if (header_bytes(cell.kind)) std::memset(out, 0, kHeader);
+        for (size_t row = 0; header_bytes(cell.kind) && row < kRows; ++row) {
+            const uint16_t one = 0x3C00;
+            std::memcpy(out + 2 * row, &one, 2);
+        }
+        if (slots_[0].count < kRows || pitch_of(cell.length) != cell.length)
+            std::memset(codes_, 0, kRows * pitch_of(cell.length));
+        for (uint32_t done = 0; done < cell.length;) {
+            const uint32_t column = plan_.tile_column(cell.start + done), tile = column / file_.tile_columns;
+            tiles_[0] = file_.tile(0, tile);
+            within_ = column - tile * file_.tile_columns;
+            const uint32_t columns = std::min(section(0).columns - within_, cell.length - done);
+            const int bits = facts(0).bits;
+            unpack_columns(columns, std::min(bits, 8), 0, codes_ + done, pitch_of(cell.length));
+            if (bits > 8) unpack_columns(columns, bits - 8, 8, high_ + done, pitch_of(cell.length));
+            if (to_.outlier_end) take_channel_outliers(cell.start + done, columns, cell);
+            done += columns;
+        }
+        write_codes(cell, out + header_bytes(cell.kind));
+    }
+
+    // Columns [within_, within_ + columns) of a tile, `bits` bits from `low` on, to bytes: its rows whole, then
+    // what is wanted of them. A row is at most 127 codes, a panel's at most 64 * 127.
+    void unpack_columns(uint32_t columns, int bits, int low, uint8_t* to, size_t pitch) {
+        const Section& s = section(0);
+        const size_t plane = packed_bytes(uint64_t{s.rows} * s.columns);
+        const uint8_t* planes = file_.source.codes.data + s.codes.start + tiles_[0].rank * s.codes.tile;
+        to_.level.unpack_planes(planes + low * plane, plane, bits, uint64_t{slots_[0].row} * s.columns,
+                                size_t(slots_[0].count) * s.columns, rows_);
+        const uint8_t* from = rows_ + within_;
+        for (int row = 0; row < slots_[0].count; ++row, from += s.columns, to += pitch)
+            for (uint32_t i = 0; i < columns; ++i) to[i] = from[i];
+    }
+
+    // The same as take_outliers of the columns of one tile.
+    void take_channel_outliers(uint32_t start, uint32_t columns, const PlannedCell& cell) {
+        const Grid* grid = facts(0).kind == Kind::table ? &plan_.grids[plan_.grid_of(tiles_[0])] : nullptr;
+        const int code = grid ? grid->zero : 0;
+        const float value = grid ? grid->values[code] * cell.factor : 0;
+        for (int lane = 0; lane < slots_[0].count; ++lane) {
+            const auto [first, last] = outliers_of(start, columns, lane);
+            for (uint32_t i = first; i < last; ++i) {
+                const size_t place = lane * pitch_of(cell.length) + to_.outlier_column[i] - cell.start;
+                codes_[place] = static_cast<uint8_t>(code);
+                high_[place] = 0;
+                if (value != 0) to_.outlier_delta[i] = to_.outlier_value[i] - value;
+            }
+        }
     }
 
     // A slot's codes of the cell's columns to bytes, those of 16 bits to two.
@@ -127,7 +187,7 @@ private:
     // Put the code nearest to zero in the places of outliers, and what is missing in their deltas.
     void take_outliers(const PlannedCell& cell, const Grid* grid, const uint8_t* header) {
         for (int lane = 0; lane < kRows; ++lane) {
-            const auto [first, last] = outliers_of(cell, lane);
+            const auto [first, last] = outliers_of(cell.start, cell.length, lane);
             if (first == last) continue;
             const float scale = half_to_float(load_as<uint16_t>(header + 2 * lane));
             const float zero = cell.bits == 1 ? header[2 * kRows + lane] / 2.0f : header[2 * kRows + lane];
@@ -150,12 +210,12 @@ private:
         }
     }
 
-    std::pair<uint32_t, uint32_t> outliers_of(const PlannedCell& cell, int lane) const {
+    std::pair<uint32_t, uint32_t> outliers_of(uint32_t start, uint32_t length, int lane) const {
         const uint32_t row = panel_ * kRows + lane;
         const uint16_t* const begin = to_.outlier_column + outlier_begin(row);
         const uint16_t* const end = to_.outlier_column + to_.outlier_end[row];
-        const uint16_t* const first = std::lower_bound(begin, end, cell.start);
-        const uint16_t* const last = std::lower_bound(first, end, cell.start + cell.length);
+        const uint16_t* const first = std::lower_bound(begin, end, start);
+        const uint16_t* const last = std::lower_bound(first, end, start + length);
         return {first - to_.outlier_column, last - to_.outlier_column};
     }
 
@@ -178,7 +238,7 @@ private:
         }
         if (!to_.outlier_end) return;
         for (int lane = 0; lane < kRows; ++lane) {
-            const auto [first, last] = outliers_of(cell, lane);
+            const auto [first, last] = outliers_of(cell.start, cell.length, lane);
             for (uint32_t i = first; i < last; ++i) {
                 const size_t column = to_.outlier_column[i] - cell.start;
                 std::memset(out + kHeader + (column * kRows + lane) * 4, 0, 4);
@@ -215,6 +275,7 @@ private:
     uint32_t within_ = 0;  // first column of the cell, counted in its tile
     alignas(64) uint8_t codes_[kRows * kBlock];  // [rows][pitch]
     alignas(64) uint8_t high_[kRows * kBlock];   // upper bytes of codes of 16 bits
+    alignas(64) uint8_t rows_[kRows * kBlock];   // rows of a narrow tile
 };
 
 }  // namespace

@@ -110,6 +110,21 @@ FormatFacts random_format(Random& random) {
     return format;
 }
 
+// A format of a channel-wise matrix: a grid without scales, 16 bits, or nothing.
+FormatFacts random_channel_format(Random& random) {
+    FormatFacts format;
+    do format = random_format(random);
+    while (format.affine && format.bits != 0);
+    if (format.bits == 16) return format;
+    format.scale = ScaleType::none;
+    if (format.bits && !random.one_in(4)) {
+        format.bits = static_cast<int>(random.from(1, random.pick<int64_t>({4, 4, 8})));
+        format.grid.clear();
+        format.learned_grid = random.pick({ScaleType::fp16, ScaleType::fp16, ScaleType::bf16, ScaleType::e4m3});
+    }
+    return format;
+}
+
 // An independent reading of the format: where each tile's parts begin, in section order.
 struct Reader {
     struct TilePlace {
@@ -242,7 +257,14 @@ Sound random_weight(Random& random) {
     t.tile_rows = random.pick<int64_t>({1, 16, 24, 64, 64, 64, 100, 128, 2147483647});
     t.tile_columns = random.pick<int64_t>({1, 16, 24, 72, 128, 128, 128, 200, 2147483647});
     const int count = static_cast<int>(random.from(1, 5));
-    for (int i = 0; i < count; ++i) t.formats.push_back(random_format(random));
+    const bool by_channel = random.one_in(3);
+    if (by_channel) {  // more panels than stand abreast among them
+        t.out = random.from(1, random.pick<int64_t>({3, 70, 200, 700}));
+        t.tile_rows = random.pick<int64_t>({t.out, t.out, t.out + 5, 2147483647});
+        t.tile_columns = random.pick<int64_t>({1, 1, 1, 2, 3, 7, 16, 60, 127});
+    }
+    for (int i = 0; i < count; ++i)
+        t.formats.push_back(by_channel ? random_channel_format(random) : random_format(random));
     const int64_t tall = (t.out + t.tile_rows - 1) / t.tile_rows;
     const int64_t tiles = tall * ((t.in + t.tile_columns - 1) / t.tile_columns);
     std::vector<int> map(tiles);

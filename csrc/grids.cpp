@@ -15,16 +15,16 @@ int lowest_bit(float value) {
     return static_cast<int>(exponent ? exponent : 1) - 150 + __builtin_ctz(significand);
 }
 
-// The step of a table of bytes round(value / step) + 128, or 0 where floats cannot tell the steps apart.
+// The step of a table of bytes round(value / step) + 128, or 0 where floats cannot tell the steps apart. The
+// largest value is 64 to 127 steps, so that tables whose steps share a unit lose alike; zeros have a tiny one.
 float step_of(const Grid& grid) {
     float largest = 0;
     for (const float value : grid.values) {
         if (!std::isfinite(value)) return 0;
         largest = std::max(largest, std::fabs(value));
     }
-    if (largest == 0) return 1;
-    const float exact = std::ldexp(1.0f, grid.lowest);
-    const float step = largest / exact <= 127 ? exact : largest / 127;
+    if (largest == 0) return 0x1p-100f;
+    const float step = grid.top - grid.lowest <= 6 ? std::ldexp(1.0f, grid.top - 6) : largest / 127;
     return step >= 0x1p-126f ? step : 0;
 }
 
@@ -68,6 +68,10 @@ bool is_grid_of(const std::vector<float>& grid, Decode decode) {
 
 }  // namespace
 
+uint8_t Grid::code(size_t code) const {
+    return static_cast<uint8_t>(128 + std::nearbyint(values[code] / step));
+}
+
 uint32_t Grids::add(std::vector<float> values, int bits) {
     const std::string key(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
     const auto found = index_of_.find(key);
@@ -86,7 +90,7 @@ uint32_t Grids::small_table(uint32_t index) {
     std::fill(std::begin(table.code), std::end(table.code), 128);
     for (size_t code = 0; code < grid.values.size(); ++code) {
         table.value[code] = grid.values[code];
-        table.code[code] = static_cast<uint8_t>(128 + std::nearbyint(grid.values[code] / grid.step));
+        table.code[code] = grid.code(code);
     }
     small_tables.push_back(table);
     return grid.small = static_cast<int>(small_tables.size() - 1);

@@ -24,6 +24,9 @@ struct Grid {
     int wide = none;
 
     bool has_zero() const { return values[zero] == 0.0f; }
+
+    // What the integer kernels read of a code: round(value / step) + 128. Only where there is a step.
+    uint8_t code(size_t code) const;
 };
 
 // All distinct grids of a matrix, and the tables made of those in use.
@@ -31,6 +34,7 @@ class Grids {
 public:
     uint32_t add(std::vector<float> values, int bits);  // returns its index, the old one for equal values
     const Grid& operator[](uint32_t index) const { return grids_[index]; }
+    size_t size() const { return grids_.size(); }
 
     uint32_t small_table(uint32_t grid);  // index of the table, made at the first call
     uint32_t wide_table(uint32_t grid);

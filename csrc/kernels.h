@@ -13,11 +13,17 @@
 // with z the zero point (half of what is stored for 1-bit affine, 128 for tables, whose codes are
 // SmallTable::code), starting from y = 0, cells in stored order.
 //
+// The columns of a channel-wise matrix have steps of their own, which the activations take over: what is
+// rounded to q, for all of its columns alike, is x * Matrix::channel_scale, rounded to float. So a channel_table
+// cell has codes out of Matrix::channel_codes, z = 128, and nothing left to multiply by:
+//
+//   y      = fma(t, activation_scale, y)
+//
 // Float results (exact mode, column kinds) keep that order of cells and are the same at every thread count
 // and batch, but levels may differ in the order in which a cell is added up:
 //
 //   acc    = sum over the cell's columns of (grid[code] - z) * x
-//   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1)
+//   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1; no header: scale is)
 //
 // The zero point leaves each code first: z * sum(x) taken from the sum of code * x afterwards would
 // cancel most of it.
@@ -55,11 +61,11 @@ struct Level {
     // and 0; else scale = largest / 127 and q = nearest-even(x * (127 / largest)).
     float (*quantize)(const float* x, int columns, int8_t* q);
 
-    // Add the products of panel `p` with tokens [first, first + count) to y [count][64], which the
-    // caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte aligned and
-    // has kScratch bytes. No outliers, no bias.
-    void (*panel)(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass,
-                  float* y, uint8_t* scratch);
+    // Add the products of panels [begin, end) with tokens [first, first + count) to y [panels][count][64],
+    // which the caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte
+    // aligned and has kScratch bytes. No outliers, no bias.
+    void (*panels)(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count,
+                   Pass pass, float* y, uint8_t* scratch);
 
     // Spread `count` codes of `bits` bit-planes (each `plane` bytes apart), from code `first` on, into
     // bytes. Reads no byte beyond the last one that holds a code. bits 1 to 8.
@@ -80,9 +86,10 @@ constexpr int kTogether = 4;  // queries that `attend` takes at a time
 const Level& scalar_level();
 const Level* avx2_level();    // null where the build has none
 const Level* avx512_level();
+const Level* avx512vbmi_level();
 
 // The level in use: the best one the CPU has, or the one that BITMOSAIC_CPU_LEVEL names (scalar, avx2,
-// avx512). Throws std::runtime_error naming the variable for a level that is unknown or not there.
+// avx512, avx512vbmi). Throws std::runtime_error naming the variable for a level that is unknown or not there.
 const Level& level();
 
 // Names of the levels that this build and this CPU have, best last.

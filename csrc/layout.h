@@ -9,7 +9,14 @@
 //   cell    = 64 fp16 scales (128 B) | 64 u8 zero points (64 B) | codes
 //   columns of a cell are filled up to `quads` groups of 4, an even number; the fill has code 0
 //
-// Codes of the *quad* kinds (affine, table). Row r of the panel is lane r % 16 of row set r / 16;
+// Where every column has a grid of its own (tiles that span all rows and are narrower than a block, without
+// scales), cells would be one column wide. Such a *channel-wise* matrix has its columns sorted by format, in
+// Matrix::column_of, and its cells are up to 128 columns of one format: channel_table cells have no header and
+// share the tables of their segment among all panels (channels.cpp). All panels are cut alike, and Matrix::abreast
+// of them stand side by side: first cells of each, then second cells, and so on. Panel::offset is that of
+// the first one's first cell. In other matrices, where abreast is 1, that is the panel's own.
+//
+// Codes of the *quad* kinds (affine, table, channel_table). Row r of the panel is lane r % 16 of row set r / 16;
 // column 4 q + j of the cell is byte j of a lane, so that one 64-byte vector holds 16 rows times 4
 // columns and meets 4 activations broadcast to all lanes. Wider fields come first ("parts"):
 //
@@ -25,11 +32,12 @@
 //
 // Every part of b bits takes 32 b bytes a quad: nothing is wasted at any width.
 //
-// Codes of the *column* kinds (wide table, half, bfloat, single): column by column, the 64 rows of a
-// column side by side, 1, 1, 2, 2 or 4 bytes each, without fill.
+// Codes of the *column* kinds (wide table, wide channel table, half, bfloat, single): column by column, the
+// 64 rows of a column side by side, 1, 1, 2, 2 or 4 bytes each, without fill.
 //
 // A value is (grid[code] - zero_point) * scale * factor, factor being the tensor scale of the cell's
-// format; a single-precision cell holds the value itself (scale and factor are 1).
+// format; a single-precision cell holds the value itself (scale and factor are 1). Where there is no
+// header the scale is 1 and the zero point 0.
 #pragma once
 
 #include <cstddef>
@@ -44,17 +52,21 @@ constexpr int kSmallTable = 16;  // entries kept of a table of at most 4 bits
 constexpr int kWideTable = 256;  // entries kept of a wider one
 
 enum class Kind : uint8_t {
-    affine,      // grid[code] = code; bits 1 to 8; zero points are whole numbers, in halves where bits == 1
-    table,       // grid of at most 16 values, one for the cell; bits 1 to 4; no zero point
-    wide_table,  // grid of at most 256 values, one for the cell; bits 8 (a byte each); no zero point
-    half,        // IEEE binary16 patterns
-    bfloat,      // bfloat16 patterns
-    single,      // float32 values: the escape for what nothing else can hold
+    affine,              // grid[code] = code; bits 1 to 8; zero points whole, in halves where bits == 1
+    table,               // grid of at most 16 values, one for the cell; bits 1 to 4; no zero point
+    channel_table,       // grid of at most 16 values for each column; bits 1 to 4; no header
+    wide_table,          // grid of at most 256 values, one for the cell; bits 8 (a byte each); no zero point
+    wide_channel_table,  // grid of at most 256 values for each column; bits 8 (a byte each); scales of 1
+    half,                // IEEE binary16 patterns
+    bfloat,              // bfloat16 patterns
+    single,              // float32 values: the escape for what nothing else can hold
 };
 
 // Functions of headers are static: files are compiled for different instruction sets, and a linker that
 // merged their copies could give one CPU's code to another.
-static constexpr bool is_quad(Kind kind) { return kind == Kind::affine || kind == Kind::table; }
+static constexpr bool is_quad(Kind kind) {
+    return kind == Kind::affine || kind == Kind::table || kind == Kind::channel_table;
+}
 
 // Columns [start, start + length) of the stored matrix; start / kBlock is the activation block.
 struct Segment {
@@ -68,7 +80,7 @@ static constexpr bool same_segment(const Segment& a, const Segment& b) {
 
 struct Cell {
     uint32_t segment;
-    uint32_t table;  // index of the small or wide table; 0 where the kind has none
+    uint32_t table;  // index of the small or wide table, place of the channel tables; 0 where there is none
     float factor;    // tensor scale (without the table's step)
 };
 
@@ -80,7 +92,7 @@ struct Run {
 };
 
 struct Panel {
-    uint64_t offset;    // of the first cell's bytes in Matrix::data
+    uint64_t offset;    // of the first cell's bytes in Matrix::data, of the first of panels abreast
     uint32_t run;       // first run; the panel has runs [run, next panel's run)
     uint32_t cell;      // first cell
 };
@@ -106,6 +118,7 @@ struct Matrix {
     uint32_t panels = 0;          // ceil(out / 64)
     uint32_t segments = 0;
     uint32_t blocks = 0;          // ceil(in / 128)
+    uint32_t abreast = 1;         // panels that stand side by side; the last ones may be fewer
     bool needs_float = false;     // any column kind or outlier: float activations even in int8 mode
     const uint8_t* data = nullptr;        // cells; 64-byte aligned, readable 64 bytes beyond the end
     const Panel* panel = nullptr;         // panels + 1; the last one holds the ends
@@ -114,6 +127,14 @@ struct Matrix {
     const Segment* segment = nullptr;
     const SmallTable* small_table = nullptr;
     const WideTable* wide_table = nullptr;
+    // Of a channel-wise matrix, else null. channel_scale is what activations are multiplied by before they
+    // are rounded to int8: a table's step times the tensor scale, 0 for columns that meet float activations.
+    const float* channel_scale = nullptr;     // [in]
+    const uint32_t* channel_value = nullptr;  // [in] where the column's grid begins in channel_values
+    const float* channel_values = nullptr;    // grids of 2^bits values; readable 64 bytes beyond the end
+    // round(value / step) + 128 of channel_table cells, from byte 64 * Cell::table on: quad by quad the
+    // tables of four columns, 2^bits bytes each; the fill's are all 0, which adds nothing.
+    const uint8_t* channel_codes = nullptr;   // 64-byte aligned; readable 64 bytes beyond the end
     const int32_t* column_of = nullptr;   // stored column -> column of x; null when in order
     const int32_t* row_of = nullptr;      // stored row [out] -> row of y; null when in order
     const int32_t* stored_row = nullptr;  // row of y [out] -> stored row, for `rows`; null when in order
@@ -130,15 +151,26 @@ struct Matrix {
 static constexpr int quads(uint32_t length) { return static_cast<int>((length + 7) / 8 * 2); }
 
 static constexpr size_t column_bytes(Kind kind) {  // of one column of 64 rows of a column kind
-    return kind == Kind::wide_table ? 64 : kind == Kind::single ? 256 : 128;
+    return kind == Kind::wide_table || kind == Kind::wide_channel_table ? 64 : kind == Kind::single ? 256 : 128;
 }
 
 static constexpr size_t code_bytes(Kind kind, int bits, uint32_t length) {
     return is_quad(kind) ? static_cast<size_t>(quads(length)) * 32 * bits : column_bytes(kind) * length;
 }
 
+static constexpr size_t header_bytes(Kind kind) { return kind == Kind::channel_table ? 0 : kHeader; }
+
 static constexpr size_t cell_bytes(Kind kind, int bits, uint32_t length) {
-    return kHeader + code_bytes(kind, bits, length);
+    return header_bytes(kind) + code_bytes(kind, bits, length);
+}
+
+// Bytes of the tables of a quad of a channel_table cell.
+static constexpr size_t quad_table_bytes(int bits) { return size_t{4} << bits; }
+
+// Panels that stand side by side with panel `p`, itself among them.
+static inline uint32_t panels_abreast(const Matrix& m, uint32_t p) {
+    const uint32_t left = m.panels - p / m.abreast * m.abreast;
+    return left < m.abreast ? left : m.abreast;
 }
 
 }  // namespace bitmosaic

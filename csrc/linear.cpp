@@ -112,8 +112,7 @@ void multiply(const Call& call, const Part& part, uint32_t begin, uint32_t end, 
     for (; begin < end; begin += together) {
         const uint32_t stop = std::min(begin + together, end);
         std::fill(sums, of(stop), 0.0f);
-        for (uint32_t p = begin; p < stop; ++p)
-            call.level.panel(part.m, p, part.a, first, count, call.pass, of(p), scratch);
+        call.level.panels(part.m, begin, stop, part.a, first, count, call.pass, sums, scratch);
         for (uint32_t p = begin; part.m.outlier_end != nullptr && p < stop; ++p)
             add_outliers(part.m, p, part.a, part.sides, first, count, of(p));
         for (uint32_t p = begin; p < stop; ++p) finish(part, call.type, p, first, count, of(p));

@@ -23,6 +23,10 @@ struct Arrays {
     Segment* segment;
     SmallTable* small_table;
     WideTable* wide_table;
+    float* channel_scale;
+    uint32_t* channel_value;
+    float* channel_values;
+    uint8_t* channel_codes;
     int32_t *column_of, *row_of, *stored_row;
     uint32_t* outlier_end;
     uint16_t* outlier_column;
@@ -48,7 +52,12 @@ Arrays lay_out(const Plan& plan, uint8_t* base) {
     lay(a.segment, plan.segments.size());
     lay(a.small_table, plan.grids.small_tables.size());
     lay(a.wide_table, plan.grids.wide_tables.size());
-    lay(a.column_of, file.column_of.size());
+    const Channels& channels = plan.channels;
+    lay(a.channel_scale, channels.scale.size());
+    lay(a.channel_value, channels.value.size());
+    lay(a.channel_values, channels.order.empty() ? 0 : channels.values.size() + kReadable / sizeof(float));
+    lay(a.channel_codes, channels.order.empty() ? 0 : channels.codes.size() + kReadable);
+    lay(a.column_of, plan.column_of.size());
     lay(a.row_of, file.row_of.size());
     lay(a.stored_row, file.row_of.size());
     lay(a.outlier_end, outliers ? size_t{file.panels} * kRows : 0);
@@ -75,11 +84,12 @@ public:
     size_t bytes() const override { return block_.size(); }
 
     // Rows of outliers by stored row, and the outliers in that order by original column.
-    std::vector<uint64_t> collect_outliers(const File& file) {
+    std::vector<uint64_t> collect_outliers(const Plan& plan) {
+        const File& file = plan.file;
         std::vector<uint64_t> keys;
         if (!arrays_.outlier_end) return keys;
-        std::vector<uint32_t> stored_column(file.column_of.size());
-        for (uint32_t i = 0; i < stored_column.size(); ++i) stored_column[file.column_of[i]] = i;
+        std::vector<uint32_t> stored_column(plan.column_of.size());
+        for (uint32_t i = 0; i < stored_column.size(); ++i) stored_column[plan.column_of[i]] = i;
         const ScaleType type = file.source.outlier_type;
         keys.reserve(file.outlier_columns.size());
         for (uint32_t row = 0; row < file.panels * uint64_t{kRows}; ++row) {
@@ -105,7 +115,12 @@ private:
         std::copy(plan.segments.begin(), plan.segments.end(), arrays_.segment);
         std::copy(plan.grids.small_tables.begin(), plan.grids.small_tables.end(), arrays_.small_table);
         std::copy(plan.grids.wide_tables.begin(), plan.grids.wide_tables.end(), arrays_.wide_table);
-        std::copy(plan.file.column_of.begin(), plan.file.column_of.end(), arrays_.column_of);
+        const Channels& channels = plan.channels;
+        std::copy(channels.scale.begin(), channels.scale.end(), arrays_.channel_scale);
+        std::copy(channels.value.begin(), channels.value.end(), arrays_.channel_value);
+        std::copy(channels.values.begin(), channels.values.end(), arrays_.channel_values);
+        std::copy(channels.codes.begin(), channels.codes.end(), arrays_.channel_codes);
+        std::copy(plan.column_of.begin(), plan.column_of.end(), arrays_.column_of);
         std::copy(plan.file.row_of.begin(), plan.file.row_of.end(), arrays_.row_of);
         for (uint32_t i = 0; i < plan.file.row_of.size(); ++i)
             arrays_.stored_row[plan.file.row_of[i]] = static_cast<int32_t>(i);
@@ -127,6 +142,7 @@ private:
         matrix_.panels = file.panels;
         matrix_.segments = static_cast<uint32_t>(plan.segments.size());
         matrix_.blocks = (file.in - 1) / kBlock + 1;
+        matrix_.abreast = plan.abreast;
         matrix_.needs_float = arrays_.outlier_end != nullptr;
         for (const Run& run : plan.runs) matrix_.needs_float |= !is_quad(run.kind);
         matrix_.data = arrays_.data;
@@ -136,6 +152,10 @@ private:
         matrix_.segment = arrays_.segment;
         matrix_.small_table = arrays_.small_table;
         matrix_.wide_table = arrays_.wide_table;
+        matrix_.channel_scale = arrays_.channel_scale;
+        matrix_.channel_value = arrays_.channel_value;
+        matrix_.channel_values = arrays_.channel_values;
+        matrix_.channel_codes = arrays_.channel_codes;
         matrix_.column_of = arrays_.column_of;
         matrix_.row_of = arrays_.row_of;
         matrix_.stored_row = arrays_.stored_row;
@@ -166,7 +186,7 @@ std::unique_ptr<Storage> pack(const FileTensor& tensor, int threads) {
     const Plan plan(file);
     if (!plan.objection.empty()) throw std::invalid_argument(plan.objection);
     auto prepared = std::make_unique<Prepared>(plan);
-    std::vector<uint64_t> outliers = prepared->collect_outliers(file);
+    std::vector<uint64_t> outliers = prepared->collect_outliers(plan);
     const Arrays& to = prepared->arrays();
     Filling filling{plan,           level(),         outliers.data(), to.outlier_end, to.outlier_column,
                     to.outlier_delta, to.outlier_value, to.data};

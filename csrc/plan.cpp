@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "channels.h"
 #include "numbers.h"
 
 namespace bitmosaic {
@@ -233,20 +234,36 @@ std::string Plan::cut() {
     // Cells of few columns, or of float32 where rows do not agree, may take far more than the file; so may
     // the panels of pruned rows, which the file does not store.
     const uint64_t most = 3 * file.bytes + (1 << 20);
+    const bool by_channel = is_channel_wise(*this);
+    uint64_t beside = file.panels * sizeof(Panel) + (by_channel ? channel_bytes(file) : 0);
     const auto fits = [&] {
         return data_bytes + cells.size() * sizeof(Cell) + grids.wide_tables.size() * sizeof(WideTable) +
-                   file.panels * sizeof(Panel) <= most;
+                   beside <= most;
     };
     const std::string too_large = "Tiles of " + std::to_string(file.tile_rows) + "x" +
                                   std::to_string(file.tile_columns) +
                                   " cut into cells of 64 rows would take more than three times the " +
                                   std::to_string(file.bytes) + " bytes of the file.";
     if (!fits()) return too_large;
+    column_of = file.column_of;
+    if (by_channel) {
+        abreast = kAbreast;
+        channels = gather_channels(*this);
+        column_of = channels.order;
+        for (uint32_t i = 0; !file.column_of.empty() && i < file.in; ++i)
+            column_of[i] = file.column_of[channels.order[i]];
+        beside += channels.values.size() * sizeof(float) + channels.codes.size();
+        if (!fits() || channels.values.size() > UINT32_MAX) return too_large;
+    }
     std::vector<uint64_t> keys, known, both;
     for (uint32_t p = 0; p < file.panels; ++p) {
         const size_t first = cells.size();
-        panels.push_back({data_bytes, static_cast<uint32_t>(runs.size()), static_cast<uint32_t>(first)});
-        Cutter(*this, grids, p).cut(cells);
+        const uint64_t offset = p % abreast ? panels.back().offset : data_bytes;
+        panels.push_back({offset, static_cast<uint32_t>(runs.size()), static_cast<uint32_t>(first)});
+        if (by_channel)
+            cells.insert(cells.end(), channels.cells.begin(), channels.cells.end());
+        else
+            Cutter(*this, grids, p).cut(cells);
         keys.clear();
         for (size_t i = first; i < cells.size(); ++i) keys.push_back(segment_key(cells[i]));
         if (!std::includes(known.begin(), known.end(), keys.begin(), keys.end())) {

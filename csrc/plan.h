@@ -32,6 +32,16 @@ struct PlannedCell {
     int16_t exponent;   // scales of type e8m0 are held as scale / 2^exponent, the rest being in factor
 };
 
+// What a channel-wise matrix has besides; see Matrix.
+struct Channels {
+    std::vector<uint32_t> order;     // stored column -> column of the file's tiles; empty in other matrices
+    std::vector<float> scale;        // [in]
+    std::vector<uint32_t> value;     // [in]
+    std::vector<float> values;
+    std::vector<uint8_t> codes;
+    std::vector<PlannedCell> cells;  // of every panel
+};
+
 class Plan {
 public:
     explicit Plan(const File& file);
@@ -45,6 +55,11 @@ public:
     // Scale of a group as binary16; false where that cannot hold it.
     bool half_scale(const Tile& tile, uint64_t group, int exponent, uint16_t& half) const;
 
+    // The column of the file's tiles that stands at stored column `column`.
+    uint32_t tile_column(uint32_t column) const {
+        return channels.order.empty() ? column : channels.order[column];
+    }
+
     const File& file;
     std::string objection;  // if there is one, the rest is not complete
     std::vector<Facts> formats;
@@ -53,6 +68,9 @@ public:
     std::vector<Panel> panels;       // and one with the ends
     std::vector<Run> runs;
     std::vector<Segment> segments;   // by start, then length
+    std::vector<uint32_t> column_of;  // stored column -> column of x; empty when in order
+    Channels channels;
+    uint32_t abreast = 1;
     uint64_t data_bytes = 0;
 
 private:

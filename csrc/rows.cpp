@@ -18,20 +18,22 @@ namespace {
 void decode(const Matrix& m, uint32_t row, float* values) {
     const uint32_t p = row / kRows;
     const int lane = static_cast<int>(row % kRows);
-    const uint8_t* bytes = m.data + m.panel[p].offset;
+    const uint8_t* first = m.data + m.panel[p].offset;  // of cells abreast
     const Cell* cell = m.cell + m.panel[p].cell;
     std::fill(values, values + m.in, 0.0f);
     for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
         const Run& run = m.run[r];
         for (uint32_t i = 0; i < run.cells; ++i, ++cell) {
             const Segment segment = m.segment[cell->segment];
-            const float scale = scale_of(bytes, lane);
+            const size_t size = cell_bytes(run.kind, run.bits, segment.length);
+            const uint8_t* bytes = first + p % m.abreast * size;
+            const float scale = scale_of(bytes, run.kind, lane);
             for (uint32_t column = 0; column < segment.length; ++column) {
                 const uint32_t stored = segment.start + column;
                 const float value = cell_value(m, run, *cell, bytes, lane, static_cast<int>(column));
                 values[m.column_of == nullptr ? stored : m.column_of[stored]] = value * scale * cell->factor;
             }
-            bytes += cell_bytes(run.kind, run.bits, segment.length);
+            first += panels_abreast(m, p) * size;
         }
     }
     if (m.outlier_end == nullptr) return;

@@ -17,9 +17,11 @@ void integer_codes(const Matrix& m, const Run& run, const Cell& cell, const uint
     const int length = static_cast<int>(m.segment[cell.segment].length);
     for (int column = 0; column < length; ++column) {
         for (int row = 0; row < kRows; ++row) {
-            const int code = quad_code(bytes + kHeader, run.bits, length, row, column);
-            codes[column * kRows + row] =
-                run.kind == Kind::table ? m.small_table[cell.table].code[code] : static_cast<uint8_t>(code);
+            const int code = quad_code(bytes + header_bytes(run.kind), run.bits, length, row, column);
+            codes[column * kRows + row] = run.kind == Kind::table ? m.small_table[cell.table].code[code]
+                                          : run.kind == Kind::channel_table
+                                              ? channel_code(m, run, cell, column, code)
+                                              : static_cast<uint8_t>(code);
         }
     }
 }
@@ -27,8 +29,9 @@ void integer_codes(const Matrix& m, const Run& run, const Cell& cell, const uint
 void integer_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8_t* bytes,
                   const Activations& a, int first, int count, float* y, uint8_t* codes) {
     const Segment segment = m.segment[cell.segment];
-    const bool table = run.kind == Kind::table;
-    const float factor = table ? cell.factor * m.small_table[cell.table].step : cell.factor;
+    const float factor = run.kind == Kind::table           ? cell.factor * m.small_table[cell.table].step
+                         : run.kind == Kind::channel_table ? 1.0f
+                                                           : cell.factor;
     integer_codes(m, run, cell, bytes, codes);
     for (int t = 0; t < count; ++t, y += kRows) {
         const size_t entry = static_cast<size_t>(segment.start / kBlock) * a.tokens + first + t;
@@ -39,8 +42,9 @@ void integer_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8
             for (int row = 0; row < kRows; ++row) dot[row] += codes[column * kRows + row] * q[column];
         const float column = a.scale[entry] * factor;
         for (int row = 0; row < kRows; ++row) {
-            const float zero_point = table ? 128.0f : zero_point_of(bytes, run, row);
-            const float product = (static_cast<float>(dot[row]) - zero_point * sum) * scale_of(bytes, row);
+            const float zero_point = run.kind == Kind::affine ? zero_point_of(bytes, run, row) : 128.0f;
+            const float t = static_cast<float>(dot[row]) - zero_point * sum;
+            const float product = t * scale_of(bytes, run.kind, row);
             y[row] = std::fma(product, column, y[row]);
         }
     }
@@ -58,24 +62,31 @@ void float_cell(const Matrix& m, const Run& run, const Cell& cell, const uint8_t
         for (uint32_t column = 0; column < segment.length; ++column)
             for (int row = 0; row < kRows; ++row) sum[row] += values[column * kRows + row] * x[column];
         for (int row = 0; row < kRows; ++row)
-            y[row] = std::fma(sum[row] * scale_of(bytes, row), cell.factor, y[row]);
+            y[row] = std::fma(sum[row] * scale_of(bytes, run.kind, row), cell.factor, y[row]);
     }
 }
 
 void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int count, Pass pass, float* y,
            uint8_t* scratch) {
-    const uint8_t* bytes = m.data + m.panel[p].offset;
+    const uint8_t* row = m.data + m.panel[p].offset;  // of cells abreast
     const Cell* cell = m.cell + m.panel[p].cell;
     for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
         const Run& run = m.run[r];
         for (uint32_t i = 0; i < run.cells; ++i, ++cell) {
+            const size_t size = cell_bytes(run.kind, run.bits, m.segment[cell->segment].length);
+            const uint8_t* bytes = row + p % m.abreast * size;
             if (pass == Pass::integer && is_quad(run.kind))
                 integer_cell(m, run, *cell, bytes, a, first, count, y, scratch);
             else
                 float_cell(m, run, *cell, bytes, a, first, count, y, reinterpret_cast<float*>(scratch));
-            bytes += cell_bytes(run.kind, run.bits, m.segment[cell->segment].length);
+            row += panels_abreast(m, p) * size;
         }
     }
+}
+
+void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
+            float* y, uint8_t* scratch) {
+    for (uint32_t p = begin; p < end; ++p, y += count * kRows) panel(m, p, a, first, count, pass, y, scratch);
 }
 
 float quantize(const float* x, int columns, int8_t* q) {
@@ -108,7 +119,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace
 
 const Level& scalar_level() {
-    static const Level level{"scalar", quantize, panel, unpack_planes, normalize, gate, attend};
+    static const Level level{"scalar", quantize, panels, unpack_planes, normalize, gate, attend};
     return level;
 }
 

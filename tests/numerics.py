@@ -45,20 +45,76 @@ def assert_int8_matmul_close(
     W is `tensor.dequantize()`.  Beyond the roundings of `assert_matmul_close`, which are float32's
     for products of the rounded numbers, an entry may be off by |dx| |W|^T + (|x| + |dx|) |dW|^T
     with the largest errors that the two roundings can make: see `round_to_int8` for dx and
-    `table_error` for dW.
+    `table_error` for dW.  In a channel-wise weight x times the channel's scale is rounded: an error
+    of that, and of the product's own rounding, is as much of x as the scale says.
     """
     assert actual.dtype == x.dtype
     weight, weight_error = tensor.dequantize().double(), table_error(tensor)
-    order = tensor.in_permutation
-    stored = x if order is None else x[..., order.long()]
-    error = round_to_int8(stored)[1]
-    if order is not None:
-        error = error[..., invert(order.long())]
+    gathered, scale = stored_columns(tensor)
+    order = gathered if tensor.in_permutation is None else tensor.in_permutation.long()[gathered]
+    stored = x[..., order]
+    if scale is None:
+        error = round_to_int8(stored)[1]
+    else:
+        scaled = stored.detach().float() * scale
+        error = round_to_int8(scaled)[1] + _roundoff(torch.float32) * scaled.double().abs()
+        error = torch.where(scale > 0, error / scale.double(), 0.0)
+    error = error[..., invert(order)]
     x = x.detach().double()
     largest_x, largest_weight = x.abs() + error, weight.abs() + weight_error
     off = error @ weight.abs().t() + largest_x @ weight_error.t()
     magnitude = largest_x @ largest_weight.t()
     _assert_rounded(actual, x @ weight.t(), magnitude, bias, x.shape[-1], torch.float32, off)
+
+
+def stored_columns(tensor: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
+    """Return the column of the file that stands at each prepared one, and what scales its x.
+
+    That is every column at its place, without scales, but in a channel-wise weight: whose tiles
+    span all rows, are narrower than a block, and hold 16-bit patterns, nothing, or grids without
+    scales, at least one of them learned.  There, columns are sorted by format, those without
+    weights last; one with a table of up to 4 bits has its step times the tensor scale, others 0,
+    as have those for which that is no normal float32.
+    """
+    out, width = tensor.shape
+    used = {section.format for section, *_ in tensor.sections() if section.format.bits}
+    if (
+        tensor.tile[0] < out
+        or min(tensor.tile[1], width) >= ACTIVATION_BLOCK
+        or any(fmt.is_affine or fmt.scale_format is not None for fmt in used)
+        or all(fmt.learned_grid is None for fmt in used)
+    ):
+        return torch.arange(width), None
+    factors = tensor.tensor_scales.clone().view(torch.float32)
+    scales, ranks = torch.zeros(tensor.shape), torch.zeros(tensor.shape)
+    for section, codes, parameters in tensor.sections():
+        fmt, scale = section.format, torch.zeros(section.count)
+        if 1 <= fmt.bits <= 4:
+            grids = fmt.grid if parameters.grid is None else parameters.grid
+            steps = [table_step(each) for each in grids.expand(section.count, -1)]
+            scale = torch.tensor(steps) * factors[section.format_index]
+            scale = torch.where(scale.isfinite() & (scale >= 2.0**-126), scale, 0.0)
+        rank = (
+            2.0 * section.format_index + (scale == 0) if fmt.bits else torch.full_like(scale, 1e9)
+        )
+        for matrix, each in ((scales, scale), (ranks, rank)):
+            values = each.reshape(-1, 1, 1, 1).expand(codes.shape)
+            section.scatter(matrix, section.ungroup(values))
+    gathered = torch.sort(ranks[0], stable=True).indices
+    return gathered, scales[0][gathered]
+
+
+def table_step(grid: Tensor) -> float:
+    """Return the step of which a table of up to 4 bits keeps whole multiples, at most 127.
+
+    A power of two where all values are multiples of it, the largest being 64 to 127 of them.
+    """
+    largest = grid.abs().nan_to_num(0.0).max()
+    if largest == 0:
+        return 2.0**-100
+    fine = 2.0 ** (int(largest.log2().floor()) - 6)
+    multiples = (grid.double() / fine).nan_to_num(0.0)
+    return fine if torch.equal(multiples, multiples.round()) else float(largest / 127)
 
 
 def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

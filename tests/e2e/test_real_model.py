@@ -8,6 +8,7 @@ original leaves room; methods are compared with each other on the same text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
@@ -18,9 +19,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import bitmosaic
 from architectures import tokens
 from bitmosaic import pipeline
 from bitmosaic.allocation import Budget
+from bitmosaic.backends import ACTIVATIONS, cpu
 from bitmosaic.evaluation import (
     DivergenceResult,
     divergence,
@@ -28,6 +31,7 @@ from bitmosaic.evaluation import (
     stdlib_windows,
     token_windows,
 )
+from bitmosaic.linear import PackedModule
 from bitmosaic.methods import Method, septq
 from bitmosaic.methods.cmpq import PAPER, Cmpq
 from bitmosaic.methods.gptq import Gptq
@@ -35,7 +39,7 @@ from bitmosaic.methods.layerwise import Layerwise
 from bitmosaic.methods.rtn import Rtn
 from bitmosaic.methods.sfmp import Sfmp
 from bitmosaic.model.source import Source
-from runs import load
+from runs import load, logits
 
 MODEL = Path(str(files("bitmosaic") / "data" / "stdlib-llama"))
 
@@ -55,8 +59,12 @@ class Bench:
         self.statistics = directory / "statistics"
         pipeline.calibrate(self.source, self.calibration, self.statistics)
         self.measure = cache(self._measure)
+        self.quantize = cache(self._quantize)
 
     def _measure(self, method: Method, bits: float) -> DivergenceResult:
+        return divergence(load(self.quantize(method, bits)), self.original, self.heldout)
+
+    def _quantize(self, method: Method, bits: float) -> Path:
         output = self.directory / f"{len(list(self.directory.iterdir()))}"
         pipeline.quantize(
             self.source,
@@ -66,7 +74,7 @@ class Bench:
             tokens=self.calibration if method.block_statistics else None,
             statistics_directory=self.statistics if method.statistics else None,
         )
-        return divergence(load(output), self.original, self.heldout)
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +122,31 @@ def test_gain_by_in_channel_beats_the_papers_ranks_and_per_channel_gptq(bench: B
     channels = Layerwise(formats=("int2", "int3", "int4"))
     assert ours < 0.5 * bench.measure(Cmpq(**PAPER), 2.75).kl_mean
     assert ours < 0.9 * bench.measure(channels, 2.75).kl_mean
+
+
+@pytest.mark.skipif(cpu._MISSING is not None, reason="this build has no native kernels")
+@pytest.mark.parametrize("method", [Cmpq(), Cmpq(**PAPER)])
+def test_codebooks_by_in_channel_run_natively(
+    bench: Bench, method: Cmpq, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As close to float64 as the reference backend is, and nothing is left to that."""
+    output, prompt = bench.quantize(method, 2.75), bench.heldout[:2, :64]
+    with caplog.at_level(logging.WARNING):
+        native, rounded = (
+            bitmosaic.load(output, activations=each, dtype=torch.float32) for each in ACTIVATIONS
+        )
+        found, by_int8 = logits(native, prompt), logits(rounded, prompt)
+    assert not caplog.records
+    modules = [each for each in native.modules() if isinstance(each, PackedModule)]
+    assert all(module.prepare()[0] is cpu.BACKEND for module in modules)
+    plain = bitmosaic.load(output, activations="exact", dtype=torch.float32)
+    for module in plain.modules():
+        if isinstance(module, PackedModule):
+            module.backend = "reference"
+    truth = logits(load(output, torch.float64), prompt)
+    error = (logits(plain, prompt) - truth).abs().max()
+    assert (found - truth).abs().max() <= 8 * error + 1e-6 * truth.abs().max()
+    assert 1e-5 < (by_int8 - truth).norm() / truth.norm() < 0.05
 
 
 def test_kept_weights_beat_the_papers_and_plain_gptq(bench: Bench) -> None:

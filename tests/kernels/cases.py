@@ -33,6 +33,25 @@ INTEGER_FORMATS = ("int1", "int2-g32", "int3", "int4-g128", "int5-g48", "int6", 
 """Affine formats of every width: any mix of them is multiplied in integers throughout."""
 
 
+CHANNEL_WISE: dict[str, tuple[tuple[str, ...], int]] = {
+    **{f"codebook{bits}": ((f"codebook{bits}",), 1) for bits in range(1, 9)},
+    "cmpq": (("codebook2", "codebook3", "codebook4", "fp16"), 1),
+    "every width": ((*(f"codebook{bits}" for bits in range(1, 9)), "bf16", "fp16", "pruned"), 1),
+    "shared": (("codebook2", "codebook4", "learned3", "pruned"), 3),
+    "fixed beside learned": (("learned2", "fp8-e4m3-tensor", "codebook5"), 7),
+    "wide": (("codebook3", "codebook4", "bf16"), 100),
+}
+"""Weights whose columns have grids of their own: their formats, and the columns of a tile."""
+
+
+def channel_wise(
+    which: str, shape: tuple[int, int], *, permuted: bool = False, outliers: float = 0.0
+) -> QuantizedTensor:
+    """Round a weight of CHANNEL_WISE, its formats by column at random."""
+    names, width = CHANNEL_WISE[which]
+    return mixture(names, shape, (shape[0], width), permuted=permuted, outliers=outliers)
+
+
 def tokens(count: int, width: int, *, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     """Draw activations whose channels, and whose tokens, differ in size by a factor of 100."""
     generator = torch.Generator().manual_seed(seed)

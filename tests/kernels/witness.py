@@ -5,6 +5,9 @@ panels of 64 rows.  A column of a panel is multiplied in integers where all its 
 one tensor scale, or read one small table; pruned rows fit either.  Everything else, and outliers,
 meets the activations as they are.  (So do small tables where the layout has to fill up columns
 within a block, their number being no multiple of 8: no weight given to this model has such.)
+
+A channel-wise weight (`numerics.stored_columns`) has its columns in another order, and all of its
+small tables are multiplied in integers, by activations that were scaled by the tables' steps.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.tensor import QuantizedTensor, invert
-from numerics import assert_product, round_to_int8
+from numerics import assert_product, round_to_int8, stored_columns, table_step
 
 PANEL = 64
 PRUNED, FLOAT = 0, -1
@@ -50,11 +53,17 @@ def int8_product(x: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
     """Multiply [..., in] as the integer mode does; also the sum of the products' magnitudes."""
     held = hold(tensor)
     delta = _place_outliers(tensor, held)
-    if tensor.in_permutation is not None:
-        x = x[..., tensor.in_permutation.long()]
-    rounded, plain = round_to_int8(x)[0], x.detach().double()
-    whole = integer_columns(held.kind)
-    by_int8, by_float = held.stepped * whole, held.value * ~whole
+    gathered, scale = stored_columns(tensor)
+    x = x if tensor.in_permutation is None else x[..., tensor.in_permutation.long()]
+    x, delta = x.detach()[..., gathered], delta[:, gathered]
+    value, stepped = held.value[:, gathered], held.stepped[:, gathered]
+    whole = integer_columns(held.kind)[:, gathered]
+    if scale is None:
+        rounded = round_to_int8(x)[0]
+    else:
+        rounded = round_to_int8(x.float() * scale)[0]
+        stepped, whole = (stepped / scale.double()).nan_to_num(0.0), whole & (scale > 0)
+    plain, by_int8, by_float = x.double(), stepped * whole, value * ~whole
     exact = rounded @ by_int8.t() + plain @ by_float.t() + plain @ delta.t()
     magnitude = rounded.abs() @ by_int8.abs().t()
     magnitude = magnitude + plain.abs() @ (by_float.abs() + delta.abs()).t()
@@ -130,15 +139,8 @@ def _decode(
 
 def _int8_table(grid: Tensor) -> Tensor:
     """Round a table to whole multiples, up to 127, of one step, exactly where it can be."""
-    largest = grid.abs().nan_to_num(0.0).max()
-    if largest == 0:
-        return grid.double()
-    fine = 2.0 ** (int(largest.log2().floor()) - 6)  # 64 to 127 of these make the largest
-    multiples = (grid.double() / fine).nan_to_num(0.0)
-    if torch.equal(multiples, multiples.round()):
-        return grid.double()
-    step = largest / 127
-    return (grid / step).round().double() * step.double()
+    step = table_step(grid)
+    return (grid / step).round().double() * step
 
 
 def _place_outliers(tensor: QuantizedTensor, held: Held) -> Tensor:
