@@ -52,6 +52,7 @@ from bitmosaic.methods.base import (
     Method,
     require,
     require_one_of,
+    row_worth,
 )
 from bitmosaic.tensor import OUTLIER_DTYPES, QuantizedTensor
 from bitmosaic.tiling import clip_tile, tile_sizes
@@ -289,9 +290,7 @@ def _worth(weight: Tensor, square: Tensor, fisher: Tensor | None) -> Tensor:
     if fisher is None:
         power = float((weight.double().square().mean(0) * square).sum())
         return torch.full((weight.shape[0],), 1 / max(power, 1e-30))
-    rows = fisher.sum(1, dtype=torch.float64) / square.sum().clamp(min=1e-30)
-    # An output whose gradient is never seen still gets a codebook of its own weights.
-    return rows.clamp(min=max(float(rows.mean()) * 1e-6, 1e-30)).float()
+    return row_worth(fisher, square)
 
 
 def _hurt_most(weight: Tensor, layer: LayerAllocation) -> Tensor:
