@@ -48,9 +48,17 @@ uint64_t outliers_before(const Matrix& m, uint32_t panel) {
     return m.outlier_end == nullptr || panel == 0 ? 0 : m.outlier_end[panel * kRows - 1];
 }
 
+// Bytes of the panels before one; those abreast begin at one place, and are of one size.
+uint64_t bytes_before(const Matrix& m, uint32_t panel) {
+    const uint64_t start = m.panel[panel].offset;
+    const uint32_t index = panel % m.abreast;
+    if (index == 0 || panel == m.panels) return start;
+    const uint32_t abreast = panels_abreast(m, panel);
+    return start + (m.panel[panel - index + abreast].offset - start) / abreast * index;
+}
+
 uint64_t cost_before(const Matrix& m, uint32_t panel) {
-    return m.panel[panel].offset - m.panel[0].offset + kPanelBytes * panel +
-           kOutlierBytes * outliers_before(m, panel);
+    return bytes_before(m, panel) + kPanelBytes * panel + kOutlierBytes * outliers_before(m, panel);
 }
 
 // Whether a product has work for a second thread.

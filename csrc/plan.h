@@ -56,7 +56,7 @@ public:
     bool half_scale(const Tile& tile, uint64_t group, int exponent, uint16_t& half) const;
 
     // The column of the file's tiles that stands at stored column `column`.
-    uint32_t tile_column(uint32_t column) const {
+    uint32_t file_column(uint32_t column) const {
         return channels.order.empty() ? column : channels.order[column];
     }
 

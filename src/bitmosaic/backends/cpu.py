@@ -1,8 +1,8 @@
 """The native CPU backend: packed weights repacked once for the CPU's vector units, then streamed.
 
 The kernels are C++ (`csrc/`), compiled when bitmosaic is installed.  There is one set for each
-level of instructions (scalar, AVX2, AVX-512 with VNNI), chosen by the CPU at hand or by the
-environment variable BITMOSAIC_CPU_LEVEL.  Without the compiled module this backend objects to
+level of instructions (scalar, avx2, avx512 with VNNI, avx512vbmi), chosen by the CPU at hand or by
+the environment variable BITMOSAIC_CPU_LEVEL.  Without the compiled module this backend objects to
 every tensor, and the reference runs.
 
 `torch.ops.bitmosaic.linear` and `.rows` are what a compiled graph holds.  They know a prepared
