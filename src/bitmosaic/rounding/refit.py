@@ -67,7 +67,7 @@ def _refit_scales(weight: Tensor, tensor: QuantizedTensor, matrix: Tensor) -> Qu
     error = weight - value
     slope = error @ matrix
     system, target = _scale_system(grid, slope, matrix, size)
-    moved = torch.linalg.solve(system, target[..., None])[..., 0]
+    moved = _solve(system, target)
     scales = units[:, ::size] + moved
     positive = (scales > 0).all(1) & scales.isfinite().all(1)
     assert fmt.scale_format is not None
@@ -148,9 +148,20 @@ def _solved(rows: Tensor, columns: Tensor, slope: Tensor, matrix: Tensor) -> Ten
         system = system * (inside[:, :, None] & inside[:, None, :])
         system.diagonal(dim1=1, dim2=2).masked_fill_(~inside, 1.0)
         target = slope[present[batch, None], at] * inside
-        solution = torch.linalg.solve(system, target[..., None])[..., 0]
+        solution = _solve(system, target)
         result[index[inside]] = solution[inside]
     return result
+
+
+def _solve(system: Tensor, target: Tensor) -> Tensor:
+    """Solve positive definite systems [batch, n, n]; zeros where float32 does not see one as such.
+
+    By Cholesky, one after the other. torch shares a batch of LU factorisations out among threads,
+    and one run in many of those then failed on pivots that were none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(system)
+    solution = torch.cholesky_solve(target[..., None], factor)[..., 0]
+    return solution.masked_fill((failed > 0)[:, None], 0.0)
 
 
 def _stored_outliers(
