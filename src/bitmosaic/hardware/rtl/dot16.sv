@@ -12,7 +12,8 @@
 //
 // Lanes give sign and magnitude of w = 8, 22 or 36 bits.  A negative one is inverted, and what inversion
 // lacks, -p = ~p + 1 - 2^w, is added once for all N negative lanes: N - N * 2^w.  So no sign is extended,
-// and w + 5 bits are exactly the width.  Carries into bits 13 and 27 are cut where a mode ends below.
+// and w + 5 bits are exactly the width.  The magnitudes' sum stays below 2^(w+4): only the last adder, which
+// takes the correction in, can carry out of a mode's width, and there the carry is cut.
 module dot16 (
     input  logic [127:0] a,
     input  logic [127:0] b,
@@ -56,21 +57,20 @@ module dot16 (
     assign correction = {minus & {5{high}}, 9'd0, minus & {5{mid & ~high}}, 9'd0, minus & {5{~mid}},
                          3'd0, negatives};
 
-    logic [40:0]      keep, sum, carry;
-    logic [8*41-1:0]  eight;
-    logic [4*41-1:0]  four;
-    logic [2*41-1:0]  two;
-    assign keep = {{13{1'b1}}, high, {13{1'b1}}, mid, {13{1'b1}}};
+    logic [40:0]     sum, carry;
+    logic [8*41-1:0] eight;
+    logic [4*41-1:0] four;
+    logic [2*41-1:0] two;
 
     generate
         for (k = 0; k < 4; k = k + 1) begin : fours
-            compress4 part (.terms(terms[164*k+:164]), .keep(keep), .pair(eight[82*k+:82]));
+            compress4 part (.terms(terms[164*k+:164]), .pair(eight[82*k+:82]));
         end
     endgenerate
-    compress4 low_half (.terms(eight[0+:164]), .keep(keep), .pair(four[0+:82]));
-    compress4 high_half (.terms(eight[164+:164]), .keep(keep), .pair(four[82+:82]));
-    compress4 both (.terms(four), .keep(keep), .pair(two));
-    carry_save last (.x(two[0+:41]), .y(two[41+:41]), .z(correction), .keep(keep), .sum(sum),
+    compress4 low_half (.terms(eight[0+:164]), .pair(four[0+:82]));
+    compress4 high_half (.terms(eight[164+:164]), .pair(four[82+:82]));
+    compress4 both (.terms(four), .pair(two));
+    carry_save last (.x(two[0+:41]), .y(two[41+:41]), .z(correction), .sum(sum),
                      .carry(carry));
 
     logic [13:0] part0;

@@ -14,7 +14,6 @@ module quantize16_error (
     output logic [60:0]  error,
     output logic         fp4
 );
-    localparam [60:0] ALL = {61{1'b1}};
     logic [16*61-1:0] terms;
     generate
         genvar k;
@@ -42,12 +41,12 @@ module quantize16_error (
     logic [2*61-1:0] two;
     generate
         for (k = 0; k < 4; k = k + 1) begin : fours
-            compress4 #(.WIDTH(61)) part (.terms(terms[244*k+:244]), .keep(ALL), .pair(eight[122*k+:122]));
+            compress4 #(.WIDTH(61)) part (.terms(terms[244*k+:244]), .pair(eight[122*k+:122]));
         end
     endgenerate
-    compress4 #(.WIDTH(61)) low_half (.terms(eight[0+:244]), .keep(ALL), .pair(four[0+:122]));
-    compress4 #(.WIDTH(61)) high_half (.terms(eight[244+:244]), .keep(ALL), .pair(four[122+:122]));
-    compress4 #(.WIDTH(61)) both (.terms(four), .keep(ALL), .pair(two));
+    compress4 #(.WIDTH(61)) low_half (.terms(eight[0+:244]), .pair(four[0+:122]));
+    compress4 #(.WIDTH(61)) high_half (.terms(eight[244+:244]), .pair(four[122+:122]));
+    compress4 #(.WIDTH(61)) both (.terms(four), .pair(two));
     assign error = two[0+:61] + two[61+:61];
     assign fp4   = ~nan & ~threshold[61] & error <= threshold[60:0];
 endmodule
