@@ -172,6 +172,7 @@ class Packer:
                 in_permutation=layer.in_permutation is not None,
                 out_permutation=layer.out_permutation is not None,
                 outlier_format=layer.outlier_format if layer.outliers else None,
+                activation_formats=layer.activation_formats,
             )
             tensor = checkpoint.assemble(full, described, arrays)
             linear.weight.data.copy_(tensor.dequantize())

@@ -228,6 +228,8 @@ def _allocation_digest(allocation: Allocation) -> str:
         facts = [name, layer.shape, layer.tile, layer.formats, layer.outliers, layer.outlier_format]
         content.update(json.dumps(facts).encode())
         content.update(layer.tile_map.numpy().tobytes())
+        if layer.activations is not None:
+            content.update(layer.activations.stored().numpy().tobytes())
         for values in (layer.in_importance, layer.out_importance):
             content.update(b"" if values is None else values.numpy().tobytes())
         orders += [(f"{name}.in", layer.in_permutation), (f"{name}.out", layer.out_permutation)]
