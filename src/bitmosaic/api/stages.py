@@ -19,7 +19,7 @@ from bitmosaic.pipeline.allocate import check_budget
 from bitmosaic.pipeline.calibrate import MANIFEST
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
-from bitmosaic.pipeline.quantize import check_output, work_directory
+from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
 
 DEFAULT_SAMPLES = 64
 """Calibration windows: half of the field's usual 128, since two CPU cores must bear them."""
@@ -164,7 +164,7 @@ def quantize(
     if budget is not None:
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head))
     directory = None
-    if statistics is not None and plan is None and chosen.statistics:
+    if statistics is not None and needed_statistics(chosen, plan):
         directory = Path(statistics)
     text = None
     if _needs_text(chosen, plan, directory):
@@ -225,7 +225,7 @@ def _is_finished(directory: Path) -> bool:
 def _needs_text(method: Method, allocation: Allocation | None, statistics: Path | None) -> bool:
     if method.block_statistics:
         return True
-    if allocation is not None or not method.statistics:
+    if not needed_statistics(method, allocation):
         return False
     return statistics is None or not _is_finished(statistics)
 

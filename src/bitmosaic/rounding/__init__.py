@@ -7,6 +7,7 @@ method can combine them.
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale
 from bitmosaic.rounding.compensated import compensated
 from bitmosaic.rounding.factor import Factor, compensation_factor, factorise
+from bitmosaic.rounding.fp4 import encode_swept, format_gap
 from bitmosaic.rounding.grids import grid_search
 from bitmosaic.rounding.masks import largest, largest_within, sensitivity
 from bitmosaic.rounding.nearest import (
@@ -27,7 +28,9 @@ __all__ = [
     "compensated",
     "compensation_factor",
     "encode_nearest",
+    "encode_swept",
     "factorise",
+    "format_gap",
     "grid_search",
     "largest",
     "largest_within",
