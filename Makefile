@@ -46,7 +46,8 @@ sanitize: $(STAMP)
 	$(SANITIZED)/fuzz_pack $(FUZZ)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_BUILD=$(SANITIZED) \
-	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py $(ARGS)
+	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
+	    tests/unit/test_scales.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

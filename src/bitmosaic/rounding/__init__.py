@@ -1,4 +1,5 @@
-"""Rounding: nearest, error-compensated columns (GPTQ), and AWQ's scaling and clipping searches.
+"""Rounding: nearest, error-compensated columns (GPTQ), and AWQ's scaling and clipping searches,
+NVFP4's scales.
 
 Every function takes a weight and a `LayerAllocation`, so each works for any mix of formats, and any
 method can combine them.
@@ -18,11 +19,13 @@ from bitmosaic.rounding.nearest import (
     tile_errors,
 )
 from bitmosaic.rounding.refit import refit
+from bitmosaic.rounding.scales import Swept, search_scales
 
 __all__ = [
     "CLIP_SHRINKS",
     "SCALE_RATIOS",
     "Factor",
+    "Swept",
     "awq_clip",
     "awq_scale",
     "compensated",
@@ -38,6 +41,7 @@ __all__ = [
     "nearest_kept",
     "output_error",
     "refit",
+    "search_scales",
     "sensitivity",
     "tile_errors",
 ]
