@@ -57,6 +57,7 @@ def allocate(
     *,
     bits: float | None = None,
     size: str | int | None = None,
+    fp4: float | None = None,
     method: str = DEFAULT_METHOD,
     statistics: str | Path | None = None,
     embedding: str = "int8",
@@ -72,6 +73,7 @@ def allocate(
         output: File for the allocation (.safetensors).
         bits: Budget in bits_per_weight over the quantized matrices, everything counted.
         size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        fp4: Budget as a share of FP4 tiles, the others being FP8 (method fgmp).
         method: Name of a method.
         statistics: Finished statistics directory, where the method needs one.
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
@@ -80,9 +82,9 @@ def allocate(
         track: Shows progress.
         **parameters: The method's own.
     """
-    budget = make_budget(bits, size)
+    budget = make_budget(bits, size, fp4)
     if budget is None:
-        raise ValueError("allocate must have a budget. Give --bits or --size.")
+        raise ValueError("allocate must have a budget. Give --bits, --size or --fp4.")
     chosen = make_method(method, parameters)
     target = None if output is None else Path(output)
     if target is not None and target.exists() and not overwrite:
@@ -109,6 +111,7 @@ def quantize(
     *,
     bits: float | None = None,
     size: str | int | None = None,
+    fp4: float | None = None,
     method: str | None = None,
     calibration: str | Path | CalibrationText | None = None,
     samples: int = DEFAULT_SAMPLES,
@@ -132,6 +135,7 @@ def quantize(
         output: Directory of the packed checkpoint; work is done in OUTPUT.unfinished beside it.
         bits: Budget in bits_per_weight over the quantized matrices, everything counted.
         size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        fp4: Budget as a share of FP4 tiles, the others being FP8 (method fgmp).
         method: Name of a method; without it sfmp, or the one that made the allocation.
         calibration: Any source that `evaluation.read_text` takes; read only where it is needed.
         samples: Windows chosen from the text.
@@ -150,12 +154,12 @@ def quantize(
     output = Path(output)
     if overwrite and resume:
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
-    budget = make_budget(bits, size)
+    budget = make_budget(bits, size, fp4)
     plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
     if (budget is None) == (plan is None):
         raise ValueError(
-            "quantize must have either a budget or an allocation. Give one of --bits, --size and "
-            "--allocation."
+            "quantize must have either a budget or an allocation. Give one of --bits, --size, "
+            "--fp4 and --allocation."
         )
     chosen = choose_method(method, parameters, plan)
     if not (resume and output.exists()):
