@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,10 @@ plot: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
+
+# Under a minute.
+bench-scale-search: $(STAMP)
+	$(BIN)/python benchmarks/scale_search.py --json benchmarks/results/scale_search.json $(ARGS)
 
 # Some six minutes, and once five more to install the peers; QUICK=1: under a minute, without peers.
 # Both halves run even where the first misses a figure. ARGS go to the first: --parts one_token.

@@ -1,8 +1,7 @@
-"""Rounding: nearest, error-compensated columns (GPTQ), and AWQ's scaling and clipping searches,
-NVFP4's scales.
+"""Rounding: nearest, error-compensated columns (GPTQ), AWQ's and NVFP4's searches of scales.
 
 Every function takes a weight and a `LayerAllocation`, so each works for any mix of formats, and any
-method can combine them.
+method can combine them; `search_scales` takes the tiles of one.
 """
 
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale

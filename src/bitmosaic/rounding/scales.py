@@ -3,12 +3,12 @@
     s = argmin over E4M3 > 0 of  sum_i F_i (w_i - s rne(w_i / s))^2        rne: E2M1, ties to even
 
 The format's own rule maps a tile's largest magnitude to 6.  That weight then has no error, whatever
-the others lose; a smaller scale clips it, a larger one puts it on 4 or 3.  FGMP (Hooper et al. 2025,
+the others lose; a smaller scale clips it, a larger one puts it on 4 or 3.  FGMP (Hooper et al.,
 arXiv 2504.14152) tries every scale by brute force and weighs the errors by Fisher information.
 
-The result is defined to the bit, so that it is the same in torch and in C++ (`csrc/scale_search.h`).
-Each operation is rounded once to float32: r = w - s q (s q is exact), term = (r r) F, and the sum of
-16 terms is a tree, lane k with k + 8, then + 4, + 2, + 1.  Of scales with equal errors the one with
+The result is defined to the bit, the same in torch and in C++ (`csrc/scale_search.h`).  Each
+operation is rounded once to float32: r = w - s q (s q is exact), term = (r r) F, and the sum of 16
+terms is a tree, lane k with k + 8, then + 4, + 2, + 1.  Of scales with equal errors the one with
 the least distance in E4M3 codes from the format's own wins, of two such ones the larger; so the
 search departs from the format only for a gain.  Hence a tile of zeros has the scale 1.
 
@@ -42,7 +42,7 @@ SCALES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(to
 """The positive finite E4M3 numbers, ascending."""
 
 _CHUNK_TILES = 1 << 14
-"""Tiles handled at a time by torch: 1 MB an array, and the operations still dwarf their dispatch."""
+"""Tiles handled at a time by torch: 1 MB an array, against which dispatch does not count."""
 _FORMAT = NvfpFormat(4, GROUP)
 
 
@@ -131,7 +131,9 @@ def _search_natively(weight: Tensor, importance: Tensor | None) -> Swept:
     _native.run(
         given.data_ptr(),
         0 if weights is None else weights.data_ptr(),
-        *(part.data_ptr() for part in found),
+        found.scale.data_ptr(),
+        found.codes.data_ptr(),
+        found.error.data_ptr(),
         tiles,
         torch.get_num_threads(),
     )
@@ -191,8 +193,8 @@ def _own_scale(weight: Tensor) -> Int[Tensor, " tiles"]:
 def _error(size: Tensor, counted: Tensor, scale: Tensor) -> Float32[Tensor, " tiles"]:
     """The weighted squared error of magnitudes at their tiles' scales.
 
-    The nearest point is the one with the least difference, and rounding keeps their order: whichever
-    way a tie goes, the difference is the same.
+    The nearest point is the one with the least difference, and rounding keeps their order:
+    whichever way a tie goes, the difference is the same.
     """
     left = size
     for point in MAGNITUDES[1:]:
