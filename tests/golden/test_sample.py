@@ -157,15 +157,16 @@ class TestResidualExample:
         assert "00 00 80 3d  02 00 00 00  05 ff  03 ff 01 ff" in page
 
 
+NVFP4_BYTES = {"codes": "aaaaccccf0f000ff", "scales": "3c", "tensor_scales": "0000003d"}
+
+
 class TestNvfp4Example:
     """Section 7.5 of docs/format-spec.md."""
-
-    BYTES = {"codes": "aaaaccccf0f000ff", "scales": "3c", "tensor_scales": "0000003d"}
 
     def test_is_decoded_by_both_readers(self):
         magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
         expected = [sign * value * 1.5 / 32 for sign in (1, -1) for value in magnitudes]
-        arrays = {key: bytes.fromhex(text) for key, text in self.BYTES.items()}
+        arrays = {key: bytes.fromhex(text) for key, text in NVFP4_BYTES.items()}
         tensor = QuantizedTensor((1, 16), (1, 16), (formats.get("nvfp4"),))
         for key, data in arrays.items():
             setattr(tensor, key, torch.tensor(list(data), dtype=torch.uint8))
