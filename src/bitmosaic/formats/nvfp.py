@@ -65,13 +65,14 @@ class NvfpFormat(Format):
 def encode_e2m1(value: Tensor) -> Tensor:
     """Give each value the code of the nearest E2M1 point (uint8), ties to even, saturating at 6.
 
-    The sign of a zero result is that of the value.
+    The sign of a zero result is that of the value.  NaN saturates as well, as it does in the
+    hardware's conversions; no reader of weights lets one through.
     """
     magnitude = value.abs()
     code = torch.zeros(value.shape, dtype=torch.uint8, device=value.device)
     for index, midpoint in enumerate(MIDPOINTS):
         # Between codes n and n + 1 the tie goes to the even one: up where n is odd.
-        code += magnitude >= midpoint if index % 2 else magnitude > midpoint
+        code += ~(magnitude < midpoint if index % 2 else magnitude <= midpoint)
     return code | (torch.signbit(value).to(torch.uint8) << 3)
 
 
