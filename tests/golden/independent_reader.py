@@ -15,7 +15,11 @@ import numpy as np
 
 TYPES = {"U8": "u1", "U16": "<u2", "I32": "<i4", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 STREAMS = ("codes", "scales", "zero_points", "grids")
-FLOATS = {"fp8-e4m3": (4, 3, 7), "fp8-e5m2": (5, 2, 15), "fp16": (5, 10, 15), "bf16": (8, 7, 127)}
+FLOATS = {
+    "fp8-e4m3": (4, 3, 7), "fp8-e5m2": (5, 2, 15), "fp16": (5, 10, 15), "bf16": (8, 7, 127),
+    "nvfp4": (2, 1, 1), "mxfp4": (2, 1, 1), "mxfp6-e2m3": (2, 3, 1), "mxfp6-e3m2": (3, 2, 3),
+    "mxfp8-e4m3": (4, 3, 7), "mxfp8-e5m2": (5, 2, 15),
+}  # fmt: skip
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -32,7 +36,7 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def float_grid(kind: str) -> np.ndarray:
-    """Value of every bit pattern of a float type (7.2)."""
+    """Value of every bit pattern of a float type (7.2, 7.5)."""
     exponent_bits, fraction_bits, bias = FLOATS[kind]
     code = np.arange(2 ** (1 + exponent_bits + fraction_bits))
     fraction = (code % 2**fraction_bits).astype(np.float64)
@@ -46,15 +50,20 @@ def float_grid(kind: str) -> np.ndarray:
 def read_format(name: str) -> dict[str, Any]:
     """Spell out a format: bits, group, grid, and what is stored (7)."""
     if name == "pruned":
-        return {"bits": 0, "group": None, "grid": np.zeros(1, "f4"), "scale": False, "zero": 0.0}
+        return {"bits": 0, "group": None, "grid": np.zeros(1, "f4"), "scale": None, "zero": 0.0}
     if book := re.fullmatch(r"codebook([1-8])", name):
-        return {"bits": int(book[1]), "group": None, "grid": None, "scale": False, "zero": 0.0}
+        return {"bits": int(book[1]), "group": None, "grid": None, "scale": None, "zero": 0.0}
+    if name.startswith(("nvfp", "mxfp")):  # (7.5)
+        group, scale = (16, "e4m3") if name == "nvfp4" else (32, "e8m0")
+        bits = 1 + sum(FLOATS[name][:2])
+        grid = float_grid(name)
+        return {"bits": bits, "group": group, "grid": grid, "scale": scale, "zero": 0.0}
     if whole := re.fullmatch(r"int([1-8])(?:-g(\d+))?(-sym)?", name):
         bits, group = int(whole[1]), int(whole[2]) if whole[2] else None
         middle = 2.0 ** (bits - 1) if bits > 1 else 0.5
         grid = np.arange(2**bits, dtype=np.float32)
         zero = middle if whole[3] else None  # None: stored
-        return {"bits": bits, "group": group, "grid": grid, "scale": True, "zero": zero}
+        return {"bits": bits, "group": group, "grid": grid, "scale": "f2", "zero": zero}
     kind, group, tensor = re.fullmatch(
         r"(fp8-e\dm\d|bf16|fp16)(?:-g(\d+))?(-tensor)?", name
     ).groups()
@@ -62,7 +71,7 @@ def read_format(name: str) -> dict[str, Any]:
         "bits": 8 if kind.startswith("fp8") else 16,
         "group": int(group) if group else None,
         "grid": float_grid(kind),
-        "scale": kind.startswith("fp8") and not tensor,
+        "scale": "f2" if kind.startswith("fp8") and not tensor else None,
         "zero": 0.0,
     }
 
@@ -106,6 +115,16 @@ def boxes(described: dict[str, Any], places: np.ndarray) -> list[tuple[slice, sl
     return [box for *_, box in sorted(found, key=lambda each: each[:3])]
 
 
+def take_scales(streams: dict[str, Stream], kind: str, count: int) -> np.ndarray:
+    """Read the next scales of a type as float32 (7)."""
+    if kind == "f2":
+        return streams["scales"].take(2 * count).view("<f2").astype("f4")
+    codes = streams["scales"].take(count)
+    if kind == "e4m3":
+        return float_grid("fp8-e4m3")[codes]
+    return np.exp2(codes.astype("f8") - 127).astype("f4")
+
+
 def decode_tile(
     form: dict[str, Any], streams: dict[str, Stream], rows: int, columns: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +138,7 @@ def decode_tile(
         return value, np.ones_like(value)
     group = form["group"] or columns
     groups = -(-columns // group)
-    scale = streams["scales"].take(2 * rows * groups).view("<f2").astype("f4")
+    scale = take_scales(streams, form["scale"], rows * groups)
     zero = form["zero"]
     if zero is None:
         zero = streams["zero_points"].planes(form["bits"], rows * groups)

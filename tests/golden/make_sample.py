@@ -147,10 +147,35 @@ def residuals() -> dict[str, QuantizedTensor]:
     }
 
 
+def microscaling() -> dict[str, QuantizedTensor]:
+    """Small floats with scales of one byte: ragged groups, tiles of 16, beside other formats."""
+    return {
+        "nvfp4": make((16, 64), (16, 64), ("nvfp4",)),
+        "tiles": make(
+            (6, 75),
+            (1, 16),
+            ("nvfp4", "fp8-e4m3-tensor"),
+            step=3,
+            in_permutation=order(75, 7),
+            out_permutation=order(6, 5),
+            outlier_format="fp16",
+        ),
+        "mxfp4": make((7, 96), (7, 96), ("mxfp4",)),
+        "boxes": make(
+            (21, 75),
+            (4, 40),
+            ("mxfp6-e2m3", "mxfp6-e3m2", "nvfp4", "mxfp8-e4m3", "mxfp8-e5m2", "mxfp4", "pruned"),
+            out_permutation=order(21, 5),
+        ),
+        "residuals": with_sixteenths(make((13, 40), (13, 40), ("mxfp4",)), 11),
+    }
+
+
 SAMPLES = {
     "sample-v1": sample,
     "sample-v1-codebooks": codebooks,
     "sample-v1-residuals": residuals,
+    "sample-v1-microscaling": microscaling,
 }
 
 

@@ -81,11 +81,13 @@ def test_the_samples_hold_every_built_in_format_family_and_array(directories):
     used = [formats.get(each) for sample in SAMPLES for each in names[sample]]
     assert {type(fmt) for fmt in used} == {
         type(formats.get(each))
-        for family in ("int", "fp", "pruned", "codebook")
+        for family in ("int", "fp", "pruned", "codebook", "nvfp", "mxfp")
         for each in formats.family(family).EXAMPLES
     }
     assert {formats.get(each).bits for each in names["sample-v1"]} == {*range(9), 16}
     assert {*formats.family("codebook").EXAMPLES} < {*names["sample-v1-codebooks"]}
+    small = {*formats.family("nvfp").EXAMPLES, *formats.family("mxfp").EXAMPLES}
+    assert small < {*names["sample-v1-microscaling"]}
     stored = {
         key.rsplit(".", 1)[1]
         for path in directories.values()
@@ -153,3 +155,28 @@ class TestResidualExample:
     def test_stands_in_the_page(self):
         page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
         assert "00 00 80 3d  02 00 00 00  05 ff  03 ff 01 ff" in page
+
+
+NVFP4_BYTES = {"codes": "aaaaccccf0f000ff", "scales": "3c", "tensor_scales": "0000003d"}
+
+
+class TestNvfp4Example:
+    """Section 7.5 of docs/format-spec.md."""
+
+    def test_is_decoded_by_both_readers(self):
+        magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+        expected = [sign * value * 1.5 / 32 for sign in (1, -1) for value in magnitudes]
+        arrays = {key: bytes.fromhex(text) for key, text in NVFP4_BYTES.items()}
+        tensor = QuantizedTensor((1, 16), (1, 16), (formats.get("nvfp4"),))
+        for key, data in arrays.items():
+            setattr(tensor, key, torch.tensor(list(data), dtype=torch.uint8))
+        checkpoint.validate("example", tensor)
+        assert tensor.dequantize().tolist() == [expected]
+        raw = {key: np.frombuffer(data, "u1") for key, data in arrays.items()}
+        assert independent_reader.decode(checkpoint.describe(tensor), raw).tolist() == [expected]
+        assert expected[7] == 0.28125
+
+    def test_stands_in_the_page(self):
+        page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
+        assert "codes  aa aa  cc cc  f0 f0  00 ff        scales  3c" in page
+        assert "tensor_scales  00 00 00 3d" in page
