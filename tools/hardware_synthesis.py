@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmosaic.hardware import RTL
+from bitmosaic.hardware.datapath import RTL
 
 TECHNOLOGY = Path("/usr/share/qflow/tech/osu018")
 LIBERTY = TECHNOLOGY / "osu018_stdcells.lib"
@@ -25,11 +26,12 @@ LIBRARY = "osu018 (Oklahoma State University, 180 nm, 1.8 V, typical)"
 _SCRIPT = """
 read_verilog -sv {sources}
 {parameters}
-synth -top {top} -flatten
+synth -top {top} {flatten}
 check -assert -noinit
 techmap -map {latches}
 dfflibmap -liberty {liberty}
 abc -liberty {liberty}
+flatten
 clean
 splitnets
 opt_clean -purge
@@ -82,13 +84,16 @@ def read_liberty(path: Path = LIBERTY) -> Library:
     return Library(float(voltage[1]), area, capacitance)
 
 
-def synthesize(top: str, folder: Path, library: Library, parameters: dict[str, int]) -> Netlist:
+def synthesize(
+    top: str, folder: Path, library: Library, parameters: dict[str, int], flatten: bool = True
+) -> Netlist:
     """Map a unit of `RTL` onto the library; raises CalledProcessError where Yosys refuses."""
     stem = folder / top
     script = _SCRIPT.format(
         sources=" ".join(str(path) for path in sorted(RTL.glob("*.sv"))),
         parameters="\n".join(f"chparam -set {k} {v} {top}" for k, v in parameters.items()),
         top=top,
+        flatten="-flatten" if flatten else "",
         latches=BENCHES / "latches.v",
         liberty=LIBERTY,
         stem=stem,
@@ -127,12 +132,18 @@ def _read_netlist(top: str, verilog: Path, module: dict, library: Library) -> Ne
 
 
 def simulate(
-    unit: str, sources: list[Path], lines: str, shape: tuple[int, int, int], folder: Path,
+    unit: str,
+    sources: list[Path],
+    lines: str,
+    shape: tuple[int, int, int],
+    folder: Path,
+    delays: bool = False,
     dump: bool = False,
 ) -> tuple[int, int, Path]:
     """Run hexadecimal vectors through a clocked unit; shape = (input bits, output bits, latency).
 
-    Returns vectors, mismatches and the VCD file.  `sources` are the RTL or a netlist with its cells.
+    Returns vectors, mismatches and the VCD file.  `sources` are the RTL or a netlist with its cells;
+    with `delays` the cells have those of the library, else none, and nothing glitches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vectors, vcd, program = folder / "vectors.hex", folder / "toggles.vcd", folder / "bench.vvp"
@@ -141,14 +152,25 @@ def simulate(
     values = dict(zip(("IN", "OUT", "LATENCY"), shape, strict=True))
     values |= {"COUNT": count, "DUMP": int(dump)}
     subprocess.run(
-        ["iverilog", "-g2012", "-gspecify", "-s", "bench_clocked", "-o", program]
+        [
+            "iverilog",
+            "-g2012",
+            "-gspecify" if delays else "-gno-specify",
+            "-s",
+            "bench_clocked",
+            "-o",
+            program,
+        ]
         + [f"-Pbench_clocked.{key}={value}" for key, value in values.items()]
         + [BENCHES / "bench_clocked.sv", BENCHES / f"clocked_{unit}.sv", *sources],
         check=True,
+        stderr=subprocess.DEVNULL,  # a line a cell: that the typical of three equal delays is taken
     )
     done = subprocess.run(
         ["vvp", "-n", program, f"+vectors={vectors}", f"+vcd={vcd}"],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     last = done.stdout.strip().splitlines()[-1].split()
     if len(last) != 2 or int(last[0]) != count:
@@ -187,8 +209,34 @@ def _known(bits: str) -> int:
     return int(bits, 2)
 
 
-def energy_per_cycle(netlist: Netlist, toggles: Counter[str], library: Library, cycles: int) -> tuple[float, float]:
+def energy_per_cycle(
+    netlist: Netlist, toggles: Counter[str], library: Library, cycles: int
+) -> tuple[float, float]:
     """Joules a cycle: of all nets, and of those that drive clock pins."""
     half = library.voltage**2 / 2 / cycles
     by_net = {net: half * toggles[net] * load for net, load in netlist.capacitance.items()}
     return sum(by_net.values()), sum(by_net[net] for net in netlist.clocks)
+
+
+_STA = """
+read_liberty {liberty}
+read_verilog {netlist}
+link_design {top}
+create_clock -name clock -period 100 [get_ports clock]
+report_checks -path_delay max -path_group clock -format end
+"""
+
+
+def slowest_path(netlist: Netlist, folder: Path) -> float | None:
+    """Nanoseconds from clock edge to clock edge by OpenSTA, wires without delay; None without it."""
+    if shutil.which("sta") is None:
+        return None
+    script = folder / f"{netlist.top}.tcl"
+    script.write_text(_STA.format(liberty=LIBERTY, netlist=netlist.verilog, top=netlist.top))
+    done = subprocess.run(
+        ["sta", "-no_splash", "-exit", script], check=True, capture_output=True, text=True
+    )
+    found = re.search(r"([-\d.]+) \((?:MET|VIOLATED)\)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"OpenSTA must report a slack, not {done.stdout[-500:]!r}.")
+    return 100 - float(found[1])

@@ -17,13 +17,16 @@ from bitmosaic.hardware import datapath
 
 Bytes = npt.NDArray[np.uint8]
 
-MODES = [(False, False), (False, True), (True, False), (True, True)]
-"""(a is FP8, b is FP8)"""
-
-
-def mode_name(mode: tuple[bool, bool]) -> str:
-    """Spell a mode, as fp4xfp8."""
-    return "x".join("fp8" if fp8 else "fp4" for fp8 in mode)
+Mode = tuple[bool, bool]
+MODES: dict[str, Mode] = {
+    "44": (False, False),
+    "48": (False, True),
+    "84": (True, False),
+    "88": (True, True),
+}
+"""(a is FP8, b is FP8) by the bits of both."""
+_SET_ONCE = 2**34
+"""Threshold of the registered unit: some half of the random tiles are FP4."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,23 @@ def pack_bits(fields: list[tuple[npt.NDArray[np.int64] | npt.NDArray[np.bool_], 
     """Concatenate integer fields ``[rows]`` of given widths, lowest first; negatives wrap."""
     bits = []
     for values, width in fields:
-        column = values.astype(np.int64).view(np.uint64)[:, None]
-        bits.append((column >> np.arange(width, dtype=np.uint64)) & np.uint64(1))
-    return np.packbits(np.concatenate(bits, axis=1).astype(np.uint8), axis=1, bitorder="little")
+        column = values.astype("<i8" if width > 8 else "u1").view(np.uint8).reshape(len(values), -1)
+        bits.append(np.unpackbits(column, axis=1, bitorder="little")[:, :width])
+    return np.packbits(np.concatenate(bits, axis=1), axis=1, bitorder="little")
 
 
 # dot16
 
 
-def dot16_vectors(a: Bytes, b: Bytes, mode: tuple[bool, bool]) -> Vectors:
+def dot16_vectors(a: Bytes, b: Bytes, mode: Mode) -> Vectors:
     """Operands ``[rows, 16]`` of one mode with the model's sums."""
     acc, nan = datapath.dot16(a, b, *mode)
     flags = np.full((len(a), 1), mode[0] + 2 * mode[1], np.uint8)
-    width = datapath.ACC_WIDTH[mode]
-    kept = np.where(np.arange(41) < width, 1, 0)
-    bits = (acc[:, None] >> np.arange(41)) & kept
-    outputs = np.packbits(np.c_[bits, nan].astype(np.uint8), axis=1, bitorder="little")
+    outputs = pack_bits([(acc & 2 ** datapath.ACC_WIDTH[mode] - 1, 41), (nan, 1)])
     return Vectors(np.concatenate([a, b, flags], axis=1), outputs)
 
 
-def dot16_suite(mode: tuple[bool, bool], rows: int, seed: int) -> Iterator[tuple[str, Vectors]]:
+def dot16_suite(mode: Mode, rows: int, seed: int) -> Iterator[tuple[str, Vectors]]:
     """Give a mode's vectors, in batches named exhaustive, crowded, extreme or random.
 
     exhaustive: every pair of codes in every lane, all other lanes zero; crowded: every pair with
@@ -102,18 +102,16 @@ def dot16_suite(mode: tuple[bool, bool], rows: int, seed: int) -> Iterator[tuple
         yield "random", dot16_vectors(a, b, mode)
 
 
-def _litter(
-    a: Bytes, b: Bytes, mode: tuple[bool, bool], rng: np.random.Generator
-) -> tuple[Bytes, Bytes]:
+def _litter(a: Bytes, b: Bytes, mode: Mode, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     """Fill the high nibbles of FP4 operands with what must not matter."""
-    first, second = (
-        codes if fp8 else (codes & 15) | rng.integers(0, 16, codes.shape, np.uint8) << 4
-        for codes, fp8 in zip((a, b), mode, strict=True)
-    )
-    return first, second
+    filled = []
+    for codes, fp8 in zip((a, b), mode, strict=True):
+        noise = rng.integers(0, 16, codes.shape, np.uint8) << np.uint8(4)
+        filled.append(codes if fp8 else codes & np.uint8(15) | noise)
+    return filled[0], filled[1]
 
 
-def _extremes(mode: tuple[bool, bool], rng: np.random.Generator) -> tuple[Bytes, Bytes]:
+def _extremes(mode: Mode, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
     """Tiles of largest, largest but NaN, smallest and zero magnitudes under all patterns of signs."""
     tiles = []
     for fp8 in mode:
@@ -136,7 +134,7 @@ def scale_vectors() -> Vectors:
     """All pairs of bytes in all four modes: 262 144 vectors."""
     a, b = (grid.ravel() for grid in np.meshgrid(*2 * [np.arange(256, dtype=np.uint8)]))
     parts = []
-    for mode in MODES:
+    for mode in MODES.values():
         significand, shift, nan = datapath.scale_product(a, b, *mode)
         flags = np.full(len(a), mode[0] + 2 * mode[1], np.uint8)
         outputs = pack_bits([(significand, 8), (shift, 5), (nan, 1)])
@@ -213,9 +211,12 @@ def to_bf16(u: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _judged(
     u: npt.NDArray[np.float32], mantissa: int, rng: np.random.Generator, registered: bool
 ) -> Vectors:
-    """Add sensitivities and thresholds around the exact error."""
+    """Add sensitivities, and thresholds around the exact error or, in the registered unit, one."""
     u = np.ascontiguousarray(to_bf16(u) if mantissa == 7 else u)
     sensitivity = rng.integers(0, 256, u.shape, np.uint8)
+    if registered:
+        threshold = np.full(len(u), _SET_ONCE)
+        return quantize16_vectors(u, sensitivity, threshold, mantissa, registered)
     error = datapath.quantize16(u, sensitivity, 0).error
     anywhere = (2.0 ** rng.uniform(0, 61, len(u))).astype(np.int64)
     choice = rng.integers(0, 6, len(u))
@@ -259,3 +260,16 @@ def _patterns(rng: np.random.Generator) -> npt.NDArray[np.float32]:
     beside = random_activations(65536, rng)
     beside[np.arange(65536), rng.integers(0, 16, 65536)] = patterns
     return np.concatenate([alone, beside])
+
+
+def sample(batches: list[Vectors], rows: int, seed: int) -> Vectors:
+    """Draw `rows` vectors in equal parts from the batches, in random order."""
+    rng = np.random.default_rng(seed)
+    share = -(-rows // len(batches))
+    inputs, outputs = [], []
+    for batch in batches:
+        chosen = rng.permutation(len(batch.inputs))[:share]
+        inputs.append(batch.inputs[chosen])
+        outputs.append(batch.outputs[chosen])
+    order = rng.permutation(sum(len(part) for part in inputs))[:rows]
+    return Vectors(np.concatenate(inputs)[order], np.concatenate(outputs)[order])

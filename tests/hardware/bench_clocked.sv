@@ -1,5 +1,5 @@
 // Feeds one line of IN + OUT hexadecimal bits {expected, input} a cycle to `clocked` and compares its
-// output LATENCY rising edges later.  Inputs change while the clock is low.  With DUMP set, the signals
+// output LATENCY rising edges later.  Inputs change while the clock is low, and start again at the end.  With DUMP set, the signals
 // of the unit itself, not those inside its cells, go to a VCD file once the pipeline is full.
 `timescale 1ns / 10ps
 module bench_clocked;
@@ -25,7 +25,7 @@ module bench_clocked;
         clock = 0;
         wrong = 0;
         for (cycle = 0; cycle < COUNT + LATENCY; cycle = cycle + 1) begin
-            if (cycle < COUNT) in = vectors[cycle][IN-1:0];
+            in = vectors[cycle%COUNT][IN-1:0];
             #200;
             if (DUMP != 0 && cycle == 2 * LATENCY) $dumpvars(1, unit.dut);
             if (cycle >= LATENCY && out !== vectors[cycle-LATENCY][IN+:OUT]) begin

@@ -1,14 +1,14 @@
 """Bit-true models of the RTL: `dot16`, `scale_product` and `quantize16` on integers.
 
-What the circuits in ``rtl/`` must give, bit for bit, written from the formats' own grids and from the
-rule of activations rather than from the circuits: values instead of significands and shifts, exact
-comparisons instead of windows and sticky bits.  Everything is exact in int64:
+What the circuits in ``rtl/`` must give, bit for bit, written from the formats' own grids and from
+the rule of activations rather than from the circuits: values instead of significands and shifts,
+exact comparisons instead of windows and sticky bits.  Everything is exact in int64:
 
     dot16       sum of 16 products of E2M1 (units of 2^-1) or E4M3 (units of 2^-9) values
     quantize16  FP4 and FP8 codes of 16 activations, S = sum of f (q4 - q8)^2 in units of 2^-29
 
-The software rule adds S in float32 in a fixed order; the circuit's S is the exact one.  Decisions can
-differ where S and the threshold are closer than `software_error` says, and nowhere else.
+The software rule adds S in float32 in a fixed order; the circuit's S is the exact one.  Decisions
+can differ where S and the threshold are closer than `software_error` says, and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ import numpy.typing as npt
 
 from bitmosaic import formats
 
+RTL = Path(__file__).parent / "rtl"
+"""Folder of the SystemVerilog sources."""
 TILE = 16
 ACC_WIDTH = {(False, False): 13, (False, True): 27, (True, False): 27, (True, True): 41}
 """Signed bits that hold every sum of 16 products, by (a is FP8, b is FP8)."""
@@ -66,7 +69,9 @@ def fp8_integers() -> Integers:
     """E4M3 values by code, in units of 2^-9, NaN read as ±480: [256]."""
     values = _grid("fp8-e4m3-tensor") * 2**9
     signs = np.where(np.arange(256) < 128, 1, -1)
-    return np.where(np.isnan(values), _NAN_MAGNITUDE * signs, np.nan_to_num(values)).astype(np.int64)
+    return np.where(np.isnan(values), _NAN_MAGNITUDE * signs, np.nan_to_num(values)).astype(
+        np.int64
+    )
 
 
 def operand(codes: Codes, fp8: bool) -> Integers:
@@ -77,25 +82,23 @@ def operand(codes: Codes, fp8: bool) -> Integers:
 def dot16(a: Codes, b: Codes, a_fp8: bool, b_fp8: bool) -> tuple[Integers, Flags]:
     """Give the exact sums of tiles ``[..., 16]`` and whether an E4M3 NaN was among the operands.
 
-    Sums count in units of ``2**-ACC_LSB[a_fp8, b_fp8]`` and fit ``ACC_WIDTH[a_fp8, b_fp8]`` signed bits.
+    Sums count in units of ``2**-ACC_LSB[a_fp8, b_fp8]`` and fit ``ACC_WIDTH[a_fp8, b_fp8]`` bits,
+    the sign included.
     """
     total = (operand(a, a_fp8) * operand(b, b_fp8)).sum(axis=-1)
     nan = (a_fp8 & ((a & 127) == 127)) | (b_fp8 & ((b & 127) == 127))
     return total, nan.any(axis=-1)
 
 
-def scale_product(
-    a: Codes, b: Codes, a_fp8: bool, b_fp8: bool
-) -> tuple[Integers, Integers, Flags]:
-    """Multiply two tiles' scales: significand (8 bits) and shift, in units of 2^-18; and a NaN flag.
+def scale_product(a: Codes, b: Codes, a_fp8: bool, b_fp8: bool) -> tuple[Integers, Integers, Flags]:
+    """Multiply two tiles' scales: significand (8 bits), shift, in units of 2^-18; and a NaN flag.
 
     An FP8 tile's scale is the constant 6.0 whatever its byte; the sign of a byte is not read.
     """
     bytes_ = [np.where(fp8, SCALE_OF_FP8, codes & 127) for codes, fp8 in ((a, a_fp8), (b, b_fp8))]
     exponents = [codes >> 3 for codes in bytes_]
     significands = [
-        (codes & 7) + 8 * (exponent > 0)
-        for codes, exponent in zip(bytes_, exponents, strict=True)
+        (codes & 7) + 8 * (exponent > 0) for codes, exponent in zip(bytes_, exponents, strict=True)
     ]
     shifts = [np.maximum(exponent, 1).astype(np.int64) - 1 for exponent in exponents]
     nan = (bytes_[0] == 127) | (bytes_[1] == 127)
@@ -135,8 +138,8 @@ def quantize16(
     """Encode activations ``[tiles, 16]`` (units of s2) both ways and decide.
 
     `sensitivity` holds E4M3 codes ``[tiles, 16]`` or ``[16]``, bit 7 not read; `threshold` is
-    `threshold_code` of tau.  A NaN makes its tile FP8, has the FP8 code 7F with its sign, and counts
-    as ±2688 everywhere else.
+    `threshold_code` of tau.  A NaN makes its tile FP8, has the FP8 code 7F with its sign, and
+    counts as ±2688 everywhere else.
     """
     nan = np.isnan(u)
     negative = np.signbit(u)
@@ -149,8 +152,8 @@ def quantize16(
     return QuantizedTiles(
         fp4=(error <= threshold) & ~nan.any(axis=-1),
         scale=scale,
-        codes4=codes4 | (negative.astype(np.uint8) << 3),
-        codes8=np.where(nan, 127, codes8).astype(np.uint8) | (negative.astype(np.uint8) << 7),
+        codes4=codes4 | negative * np.uint8(8),
+        codes8=np.where(nan, np.uint8(127), codes8) | negative * np.uint8(128),
         error=error,
     )
 

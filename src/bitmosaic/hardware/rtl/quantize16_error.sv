@@ -2,9 +2,7 @@
 //
 //     error = sum of sensitivity * difference^2, in units of 2^-29
 //
-// A lane: difference^2 (17 bits) * significand of the sensitivity (4) * 2^(2 place + its shift) * 2^-35.
-// Where place < 3 the difference is a multiple of 2^(3-place), so the lowest six bits are always 0 and
-// are left out.  At most 16 * 288^2 * 15 * 2^(28+14-6), below 2^61.
+// A lane stays below 2^57, so 61 bits hold the sum.
 module quantize16_error (
     input  logic [143:0] difference,
     input  logic [63:0]  place,
@@ -18,21 +16,10 @@ module quantize16_error (
     generate
         genvar k;
         for (k = 0; k < 16; k = k + 1) begin : lanes
-            logic [16:0] square;
-            logic [20:0] weighted;
-            logic [3:0]  exponent;
-            logic        normal;
-            logic [5:0]  left;
-            logic [62:0] moved;
-            logic        unused;
-            assign square   = {8'd0, difference[9*k+:9]} * {8'd0, difference[9*k+:9]};
-            assign exponent = sensitivity[7*k+3+:4];
-            assign normal   = |exponent;
-            assign weighted = {4'd0, square} * {17'd0, normal, sensitivity[7*k+:3]};
-            assign left     = {1'b0, place[4*k+:4], 1'b0} + {2'd0, exponent - {3'd0, normal}};
-            assign moved    = {42'd0, weighted} << left;
-            assign terms[61*k+:61] = {4'd0, moved[62:6]};
-            assign unused   = &{1'b0, moved[5:0]};
+            logic [56:0] weighted;
+            error_lane lane (.difference(difference[9*k+:9]), .place(place[4*k+:4]),
+                             .sensitivity(sensitivity[7*k+:7]), .weighted(weighted));
+            assign terms[61*k+:61] = {4'd0, weighted};
         end
     endgenerate
 
