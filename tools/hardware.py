@@ -36,6 +36,7 @@ _PROGRAMS = {
 _LIBRARY = "qflow-tech-osu018"
 _OPTIONAL = {"sta": "opensta"}
 ASKED_RANDOM = 1_000_000
+_KINDS = ("exhaustive", "ties", "patterns", "crowded", "extreme", "random")
 _GATE_ROWS = {"dot16": 2000, "quantize16": 500}
 
 Rows = list[dict[str, Any]]
@@ -59,13 +60,16 @@ def main(arguments: list[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options.random, options.jobs)
-    faults = report(rows, options.random)
+    missed = faults(rows, options.random)
+    print()
+    for line in energy.lines(rows):
+        print(line)
     if options.json:
         write_rows(options.json, rows, facts(arguments))
     if options.table:
         write_rows(options.table, energy.table(rows), {})
-    print("hardware: FAILED" if faults else "hardware: passed")
-    return 1 if faults else 0
+    print("hardware: FAILED" if missed else "hardware: passed")
+    return 1 if missed else 0
 
 
 def missing_packages() -> list[str]:
@@ -113,29 +117,22 @@ def measure(folder: Path, random: int, jobs: int) -> Rows:
     return rows
 
 
-def report(rows: Rows, random: int) -> int:
-    """Print figures beside what is asked; returns the number of those that miss it."""
-    faults = 0
+def faults(rows: Rows, random: int) -> int:
+    """Print comparisons beside what is asked; returns the number of those that miss it."""
+    missed = 0
     for row in rows:
         if "mismatches" not in row:
             continue
         asked = random if row["part"] == "vectors" and row["unit"] != "scale_product" else 0
         met = row["mismatches"] == 0 and row.get("random", 0) >= asked
-        faults += not met
-        kinds = ", ".join(
-            f"{row[kind]:,} {kind}"
-            for kind in ("exhaustive", "ties", "patterns", "crowded", "extreme", "random")
-            if kind in row
-        )
+        missed += not met
+        kinds = ", ".join(f"{row[kind]:,} {kind}" for kind in _KINDS if kind in row)
         print(
-            f"{'ok  ' if met else 'MISS'} {row['unit']:14}{row['mode']:5}{row['level']:6}"
+            f"{'ok  ' if met else 'MISS'} {row['unit']:14}{row['mode']:6}{row['level']:6}"
             f"{row['vectors']:>10,} vectors, {row['mismatches']} differ (asked 0)"
             + (f"; {kinds} (asked {asked:,} random)" if kinds else "")
         )
-    print()
-    for line in energy.lines(rows):
-        print(line)
-    return faults
+    return missed
 
 
 def facts(arguments: list[str]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Operands on which switching energy is measured: uniformly random codes, and realistic ones.
 
-Realistic: the embedded model's weights against Gaussian activations, both encoded by the model of the
-activation unit (the FP4 scale from the tile's largest magnitude).  The largest of the tensor sits at
-2688 units for weights, five standard deviations for activations, what beyond it saturates.
+Realistic: the embedded model's weights against Gaussian activations, both encoded by the model of
+the activation unit (the FP4 scale from the tile's largest magnitude).  A weight matrix's largest
+magnitude is 2688 units; for activations five standard deviations are, and what is beyond saturates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Synthesis and switching energy: Yosys on a liberty library, gates in iverilog, toggles times capacitance.
+"""Synthesis and switching energy: Yosys on a liberty library, gates in iverilog, toggles counted.
 
-Energy of a run = V²/2 · sum over nets of (toggles · capacitance of the input pins on the net).  Toggles
-come from a gate-level simulation with the delays of the library's cells, glitches included.  Not in it:
-wires, the clock's distribution beyond the pins that it drives, currents inside cells, leakage.
+Energy of a run = V²/2 · sum over nets of (toggles · capacitance of the input pins on the net).
+Toggles come from a gate-level simulation with the delays of the library's cells, glitches included.
+Not in it: wires, the clock's distribution beyond the pins that it drives, currents inside cells,
+leakage.
 """
 
 from __future__ import annotations
@@ -140,10 +141,10 @@ def simulate(
     delays: bool = False,
     dump: bool = False,
 ) -> tuple[int, int, Path]:
-    """Run hexadecimal vectors through a clocked unit; shape = (input bits, output bits, latency).
+    """Run hexadecimal vectors through a clocked unit; shape: input bits, output bits, latency.
 
-    Returns vectors, mismatches and the VCD file.  `sources` are the RTL or a netlist with its cells;
-    with `delays` the cells have those of the library, else none, and nothing glitches.
+    Returns vectors, mismatches and the VCD file.  `sources` are the RTL or a netlist with its
+    cells; with `delays` these have the library's, else none, and nothing glitches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vectors, vcd, program = folder / "vectors.hex", folder / "toggles.vcd", folder / "bench.vvp"
@@ -203,7 +204,7 @@ def count_toggles(vcd: Path) -> Counter[str]:
 
 
 def _known(bits: str) -> int:
-    """Read a VCD vector; unknown bits after warm-up are an error, as they would count as nothing."""
+    """Read a VCD vector; unknown bits after warm-up would count as nothing and are refused."""
     if "x" in bits or "z" in bits:
         raise ValueError(f"vector must be known once the pipeline is full, not {bits!r}.")
     return int(bits, 2)
@@ -228,7 +229,7 @@ report_checks -path_delay max -path_group clock -format end
 
 
 def slowest_path(netlist: Netlist, folder: Path) -> float | None:
-    """Nanoseconds from clock edge to clock edge by OpenSTA, wires without delay; None without it."""
+    """Nanoseconds from clock edge to clock edge by OpenSTA, without wires; None without the tool."""
     if shutil.which("sta") is None:
         return None
     script = folder / f"{netlist.top}.tcl"

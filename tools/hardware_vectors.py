@@ -1,7 +1,7 @@
 """Test vectors for the RTL, from the bit-true models: exhaustive, extreme and random.
 
-A vector is one row of a record array: the circuit's inputs and the outputs that the model gives, as
-bits.  `records` lays rows out in 32-bit words for ``tests/hardware/bench.cpp``, `lines` as hexadecimal
+A vector is the circuit's inputs and the outputs that the model gives, as bits.  `Vectors.records`
+lays a batch out in 32-bit words for ``tests/hardware/bench.cpp``, `Vectors.lines` as hexadecimal
 lines for ``bench_clocked.sv``.
 """
 
@@ -79,7 +79,7 @@ def dot16_suite(mode: Mode, rows: int, seed: int) -> Iterator[tuple[str, Vectors
     """Give a mode's vectors, in batches named exhaustive, crowded, extreme or random.
 
     exhaustive: every pair of codes in every lane, all other lanes zero; crowded: every pair with
-    random neighbours; extreme: largest magnitudes in all signs, NaN, zeros; then `rows` random ones.
+    random neighbours; extreme: largest magnitudes, NaN, zeros, in all signs; then `rows` random.
     The high nibbles of FP4 operands hold random bits.
     """
     rng = np.random.default_rng(seed)
@@ -112,14 +112,14 @@ def _litter(a: Bytes, b: Bytes, mode: Mode, rng: np.random.Generator) -> tuple[B
 
 
 def _extremes(mode: Mode, rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-    """Tiles of largest, largest but NaN, smallest and zero magnitudes under all patterns of signs."""
+    """Tiles of the largest, NaN, smallest and zero magnitude, of equal or of random signs."""
     tiles = []
-    for fp8 in mode:
+    for index, fp8 in enumerate(mode):
         sign = np.uint8(0x80 if fp8 else 8)
         magnitudes = np.array([0x7E, 0x7F, 0x01, 0x00] if fp8 else [7, 7, 1, 0], np.uint8)
         rows = np.repeat(magnitudes, 16 * 64).reshape(-1, 16)
         signs = rng.integers(0, 2, rows.shape, np.uint8)
-        signs[0::8], signs[1::8] = 0, 1
+        signs[0::8], signs[1::8], signs[2::8] = 0, 1, index
         tiles.append(rows | signs * sign)
     order = rng.permutation(len(tiles[1]))
     a = np.concatenate([tiles[0], tiles[0]])
@@ -191,7 +191,7 @@ def quantize16_suite(
 
 
 def random_activations(rows: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Tiles of many sizes and spreads, one in 64 with a special value, one in 64 of few exponents."""
+    """Tiles of many sizes and spreads; one in 64 has a special value, one in 64 powers of two."""
     scale = np.exp2(rng.uniform(-16, 12, (rows, 1)))
     spread = np.exp2(rng.uniform(-1, 1, (rows, 16)) * rng.choice([0, 2, 8], (rows, 1)))
     u = (rng.standard_normal((rows, 16)) * scale * spread).astype(np.float32)
