@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ _LIBRARY = "qflow-tech-osu018"
 _OPTIONAL = {"sta": "opensta"}
 ASKED_RANDOM = 1_000_000
 _KINDS = ("exhaustive", "ties", "patterns", "crowded", "extreme", "random")
-_GATE_ROWS = {"dot16": 2000, "quantize16": 500}
+_CLOCKED = {"dot16": 2000, "quantize16": 500}
+"""Vectors a mode through the registered units, RTL and gates."""
 
 Rows = list[dict[str, Any]]
 
@@ -58,10 +59,12 @@ def main(arguments: list[str]) -> int:
         print(f"    apt-get install {' '.join(missing)}")
         print("hardware: skipped")
         return 0
+    rows: Rows = []
+    missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.random, options.jobs)
-    missed = faults(rows, options.random)
-    print()
+        for row in measure(Path(folder), options.random, options.jobs):
+            rows.append(row)
+            missed += not met(row, options.random)
     for line in energy.lines(rows):
         print(line)
     if options.json:
@@ -80,59 +83,57 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def measure(folder: Path, random: int, jobs: int) -> Rows:
+def measure(folder: Path, random: int, jobs: int) -> Iterator[dict[str, Any]]:
     """Run all parts, `jobs` at a time; rows come in a fixed order."""
     library = synthesis.read_liberty()
     with ThreadPoolExecutor(jobs) as pool:
         units = {
             unit: pool.submit(energy.synthesized, unit, folder, library) for unit in checks.SHAPES
         }
-        parts: list[Callable[[], Iterator[dict[str, Any]]]] = [
-            lambda: checks.check_dot16(folder, random),
-            lambda: checks.check_scale_product(folder),
-            lambda: checks.check_quantize16(folder, 7, random),
-            lambda: checks.check_quantize16(folder, 23, random),
+        streams = [
+            pool.submit(list, checks.check_dot16(folder, random)),
+            pool.submit(list, checks.check_scale_product(folder)),
+            pool.submit(list, checks.check_quantize16(folder, 7, random)),
+            pool.submit(list, checks.check_quantize16(folder, 23, random)),
         ]
-        vectors = [pool.submit(lambda part=part: list(part())) for part in parts]  # type: ignore[misc]
-        gates, joules = [], []
-        for unit in checks.SHAPES:
-            modes = list(checks.MODES) if unit == "dot16" else ["bf16"]
-            for mode in modes:
-                for level in ("rtl", "gates"):
-                    netlist = units[unit].result()[0] if level == "gates" else None
-                    place = folder / f"{unit}-{mode}-{level}"
-                    done = pool.submit(
-                        checks.check_clocked, unit, mode, netlist, _GATE_ROWS[unit], place
-                    )
-                    gates.append((level, done))
         netlists = {unit: done.result()[0] for unit, done in units.items()}
-        for job in energy.jobs(netlists, library, folder):
-            joules.append(pool.submit(job))
-        rows = [
-            {"part": "vectors", "level": "rtl", **row} for done in vectors for row in done.result()
+        clocked = [
+            pool.submit(
+                checks.check_clocked,
+                unit,
+                mode,
+                netlist,
+                _CLOCKED[unit],
+                folder / f"{unit}{mode}{level}",
+            )
+            for unit in checks.SHAPES
+            for mode in (checks.MODES if unit == "dot16" else ["bf16"])
+            for level, netlist in (("rtl", None), ("gates", netlists[unit]))
         ]
-        rows += [{"part": "clocked", "level": level, **done.result()} for level, done in gates]
-        rows += [done.result()[1] for done in units.values()]
-        rows += energy.with_ratios([row for done in joules for row in done.result()])
-    return rows
+        joules = [pool.submit(job) for job in energy.jobs(netlists, library, folder)]
+        for stream in streams:
+            yield from stream.result()
+        for done in clocked:
+            yield done.result()
+        for unit in units.values():
+            yield unit.result()[1]
+        yield from energy.with_ratios([done.result() for done in joules])
 
 
-def faults(rows: Rows, random: int) -> int:
-    """Print comparisons beside what is asked; returns the number of those that miss it."""
-    missed = 0
-    for row in rows:
-        if "mismatches" not in row:
-            continue
-        asked = random if row["part"] == "vectors" and row["unit"] != "scale_product" else 0
-        met = row["mismatches"] == 0 and row.get("random", 0) >= asked
-        missed += not met
-        kinds = ", ".join(f"{row[kind]:,} {kind}" for kind in _KINDS if kind in row)
-        print(
-            f"{'ok  ' if met else 'MISS'} {row['unit']:14}{row['mode']:6}{row['level']:6}"
-            f"{row['vectors']:>10,} vectors, {row['mismatches']} differ (asked 0)"
-            + (f"; {kinds} (asked {asked:,} random)" if kinds else "")
-        )
-    return missed
+def met(row: dict[str, Any], random: int) -> bool:
+    """Print a comparison beside what is asked, if the row is one; returns whether it is met."""
+    if "mismatches" not in row:
+        return True
+    asked = random if row["part"] == "vectors" and row["unit"] != "scale_product" else 0
+    good = row["mismatches"] == 0 and row.get("random", 0) >= asked
+    kinds = ", ".join(f"{row[kind]:,} {kind}" for kind in _KINDS if kind in row)
+    print(
+        f"{'ok  ' if good else 'MISS'} {row['unit']:14}{row['mode']:6}{row['level']:6}"
+        f"{row['vectors']:>10,} vectors, {row['mismatches']} differ (asked 0)"
+        + (f": {kinds} (asked {asked:,} random)" if kinds else ""),
+        flush=True,
+    )
+    return good
 
 
 def facts(arguments: list[str]) -> dict[str, Any]:

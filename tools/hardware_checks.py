@@ -76,13 +76,14 @@ def check_dot16(folder: Path, rows: int) -> Iterator[dict[str, Any]]:
     program = DOT.build(folder)
     for seed, (name, mode) in enumerate(MODES.items()):
         counts = DOT.run(program, hardware_vectors.dot16_suite(mode, rows, seed))
-        yield {"unit": "dot16", "mode": name, **counts}
+        yield {"part": "vectors", "level": "rtl", "unit": "dot16", "mode": name, **counts}
 
 
 def check_scale_product(folder: Path) -> Iterator[dict[str, Any]]:
     """All pairs of scales in all modes."""
     batches = [("exhaustive", hardware_vectors.scale_vectors())]
-    yield {"unit": "scale_product", "mode": "all", **SCALE.run(SCALE.build(folder), batches)}
+    counts = SCALE.run(SCALE.build(folder), batches)
+    yield {"part": "vectors", "level": "rtl", "unit": "scale_product", "mode": "all", **counts}
 
 
 def check_quantize16(folder: Path, mantissa: int, rows: int) -> Iterator[dict[str, Any]]:
@@ -90,6 +91,8 @@ def check_quantize16(folder: Path, mantissa: int, rows: int) -> Iterator[dict[st
     bench = QUANTIZE[mantissa]
     suite = hardware_vectors.quantize16_suite(mantissa, rows, mantissa)
     yield {
+        "part": "vectors",
+        "level": "rtl",
         "unit": "quantize16",
         "mode": bench.variant,
         **bench.run(bench.build(folder), suite),
@@ -114,4 +117,11 @@ def check_clocked(
     vectors = clocked_vectors(unit, mode, rows, 5)
     lines = vectors.lines(*SHAPES[unit][:2])
     count, wrong, _ = simulate(unit, sources, lines, SHAPES[unit], folder)
-    return {"unit": unit, "mode": mode, "vectors": count, "mismatches": wrong}
+    return {
+        "part": "clocked",
+        "level": "rtl" if netlist is None else "gates",
+        "unit": unit,
+        "mode": mode,
+        "vectors": count,
+        "mismatches": wrong,
+    }

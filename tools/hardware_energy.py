@@ -54,7 +54,7 @@ def synthesized(unit: str, folder: Path, library: Library) -> tuple[Netlist, dic
 
 def jobs(
     netlists: dict[str, Netlist], library: Library, folder: Path
-) -> Iterator[Callable[[], Rows]]:
+) -> Iterator[Callable[[], dict[str, Any]]]:
     """List the energy runs, longest first."""
     for kind in (REAL, "random"):
         vectors = _quantize_vectors(kind)
@@ -109,8 +109,8 @@ def _run(
     vectors: Vectors,
     library: Library,
     folder: Path,
-) -> Rows:
-    """Simulate gates with their delays, and without; rows of energies per tile."""
+) -> dict[str, Any]:
+    """Simulate gates with their delays, and without; its row of energies per tile."""
     shape = SHAPES[unit]
     lines = vectors.lines(*shape[:2])
     place = folder / f"energy-{unit}-{mode}-{kind}"
@@ -134,7 +134,7 @@ def _run(
             row["picojoules_without_glitches"] = total * 1e12
     if unit == "dot16":
         row["femtojoules_per_mac"] = row["picojoules"] * 1000 / datapath.TILE
-    return [row]
+    return row
 
 
 def with_ratios(rows: Rows) -> Rows:

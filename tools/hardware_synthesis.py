@@ -229,7 +229,7 @@ report_checks -path_delay max -path_group clock -format end
 
 
 def slowest_path(netlist: Netlist, folder: Path) -> float | None:
-    """Nanoseconds from clock edge to clock edge by OpenSTA, without wires; None without the tool."""
+    """Nanoseconds from clock edge to clock edge by OpenSTA, without wires; None without it."""
     if shutil.which("sta") is None:
         return None
     script = folder / f"{netlist.top}.tcl"

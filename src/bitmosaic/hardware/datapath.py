@@ -162,10 +162,10 @@ def software_error(error: Integers) -> npt.NDArray[np.float64]:
     """Bound |float32 S of the software rule − exact S|, both in units of 1, for exact `error`.
 
     d is exact.  A term passes two roundings and its sum four more (the tree of 16), each by at most
-    2^-24 of its value: together below 6.00001 · 2^-24 of S, as all terms are positive.  A term
-    that underflows is off by at most 2^-149 at each of its roundings, absorbed by one more 2^-140.
+    2^-24 of its value: together below 6.00001 · 2^-24 of S, as no term is negative.  None is
+    subnormal either: a term is 0 or at least 2^-29.
     """
-    return error.astype(np.float64) * 2.0**-ERROR_LSB * (6.00001 * 2.0**-24) + 2.0**-140
+    return error.astype(np.float64) * 2.0**-ERROR_LSB * (6.00001 * 2.0**-24)
 
 
 @functools.cache
