@@ -100,8 +100,8 @@ def check_quantize16(folder: Path, mantissa: int, rows: int) -> Iterator[dict[st
 
 
 def clocked_vectors(unit: str, mode: str, rows: int, seed: int) -> Vectors:
-    """Draw `rows` vectors for a registered unit from all kinds of its suite; mixed: of all modes."""
-    batches = []
+    """Draw `rows` vectors for a registered unit from all kinds of its suite; mixed: all modes."""
+    batches: list[tuple[str, Vectors]] = []
     if unit == "quantize16":
         batches += hardware_vectors.quantize16_suite(7, rows, seed, registered=True)
     for name in MODES if mode == "mixed" else {mode} & MODES.keys():

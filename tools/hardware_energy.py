@@ -34,8 +34,8 @@ Rows = list[dict[str, Any]]
 def synthesized(unit: str, folder: Path, library: Library) -> tuple[Netlist, dict[str, Any]]:
     """Synthesize a registered unit; returns it and its row of the area table.
 
-    dot16 is flattened before mapping; of quantize16 one lane is mapped once for all (16 s in place of
-    80, area 5 % larger).
+    dot16 is flattened before mapping; of quantize16 one lane is mapped for all (16 s in
+    place of 80, area 5 % larger).
     """
     parameters = {"MANT": 7} if unit == "quantize16" else {}
     top = f"{unit}_registered"
