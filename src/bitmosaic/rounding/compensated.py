@@ -23,9 +23,8 @@ from bitmosaic.formats.base import largest_magnitude
 from bitmosaic.residuals import LARGEST
 from bitmosaic.rounding.factor import Factor, factorise
 from bitmosaic.rounding.learned import LearnedGrids
+from bitmosaic.stored import OUTLIER_DTYPES, RESIDUAL
 from bitmosaic.tensor import (
-    OUTLIER_DTYPES,
-    RESIDUAL,
     QuantizedTensor,
     invert,
     pack_encoded,
