@@ -23,7 +23,8 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_POINT, LARGEST_SCALE = 6.0, 448.0
 SMALLEST_SCALE = 2.0**-9
 """Smallest positive E4M3 number, a subnormal."""
-_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Where the code of a magnitude changes; the one after code n is at place n."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def encode_e2m1(value: Tensor) -> Tensor:
     """
     magnitude = value.abs()
     code = torch.zeros(value.shape, dtype=torch.uint8, device=value.device)
-    for index, midpoint in enumerate(_MIDPOINTS):
+    for index, midpoint in enumerate(MIDPOINTS):
         # Between codes n and n + 1 the tie goes to the even one: up where n is odd.
         code += ~(magnitude < midpoint if index % 2 else magnitude <= midpoint)
     return code | (torch.signbit(value).to(torch.uint8) << 3)
