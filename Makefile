@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format bench-quality plot bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -46,7 +46,8 @@ sanitize: $(STAMP)
 	$(SANITIZED)/fuzz_pack $(FUZZ)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_BUILD=$(SANITIZED) \
-	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py $(ARGS)
+	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
+	    tests/unit/test_scales.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -67,6 +68,10 @@ plot: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
+
+# Under a minute.
+bench-scale-search: $(STAMP)
+	$(BIN)/python benchmarks/scale_search.py --json benchmarks/results/scale_search.json $(ARGS)
 
 # Some six minutes, and once five more to install the peers; QUICK=1: under a minute, without peers.
 # Both halves run even where the first misses a figure. ARGS go to the first: --parts one_token.

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-for name in ("bitmosaic.backends._cpu", "bitmosaic._kmeans"):
+for name in ("bitmosaic.backends._cpu", "bitmosaic._kmeans", "bitmosaic.rounding._scales"):
     (path,) = Path(os.environ["BITMOSAIC_BUILD"]).glob(f"{name.rpartition('.')[2]}.*so")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats
+from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.rounding import encode_nearest, nearest
 from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
@@ -130,6 +131,9 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
     few = torch.arange(16 * 128).reshape(16, 128) % 397 == 5
     residual = nearest(weights(4, (16, 128)), random_layer(4, (16, 128), (16, 128), ("int2-g32",)))
     halves = random_layer(3, (10, 40), (5, 8), ("int2-g8", "fp8-e5m2-tensor"))
+    rounded = random_layer(5, (6, 40), (1, 16), ("nvfp4", "fp8-e4m3-tensor"))
+    worth = weights(6, (1, 40))[0].abs().to(torch.float8_e4m3fn).float()
+    rule = ActivationRule(("nvfp4", "fp8-e4m3-tensor"), 0.002, 3e4, worth)
     return {
         "layer.mixed": pack(
             weight,
@@ -143,6 +147,7 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
         ),
         "layer.plain": nearest(weights(2, plain.shape), plain),
         "layer.halves": nearest(weights(3, halves.shape), halves),
+        "layer.rounded": nearest(weights(5, rounded.shape), rounded).with_activations(rule),
         "layer.residual": with_residuals(residual, few.to(torch.int8) * -90, few, 0.0625, 9),
     }
 

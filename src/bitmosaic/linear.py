@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bitmosaic import backends, checkpoint
 from bitmosaic.backends import Backend
 from bitmosaic.formats import UnsupportedError
-from bitmosaic.tensor import ARRAYS, QuantizedTensor
+from bitmosaic.tensor import ARRAYS, FACTS, QuantizedTensor
 
 
 class PackedModule(nn.Module):
@@ -38,7 +38,7 @@ class PackedModule(nn.Module):
         self.name = name
         self.backend: str | None = None
         self.activations = "int8"
-        self._facts = (tensor.shape, tensor.tile, tensor.formats, tensor.outlier_format)
+        self._facts = {key: getattr(tensor, key) for key in FACTS}
         self.register_buffer(
             "weight", torch.empty(0, dtype=dtype, device=tensor.device), persistent=False
         )
@@ -54,7 +54,7 @@ class PackedModule(nn.Module):
     def packed(self) -> QuantizedTensor:
         """The packed weight, sharing the buffers' memory."""
         arrays = {key: self._buffers[key] for key in ARRAYS if key in self._buffers}
-        return QuantizedTensor(*self._facts, **arrays)  # type: ignore[arg-type]
+        return QuantizedTensor(**self._facts, **arrays)  # type: ignore[arg-type]
 
     def prepare(self) -> tuple[Backend, Any]:
         """Validate the packed weight and prepare it for its backend; once, until it moves.

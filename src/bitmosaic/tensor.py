@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
+from bitmosaic.activations import ActivationRule, rule_bytes
 from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
 from bitmosaic.formats.base import largest_magnitude, packed_bytes
 from bitmosaic.residuals import read_stream, stream_bytes, write_stream
@@ -32,8 +33,12 @@ ARRAYS = (
     "outlier_columns",
     "outlier_counts",
     "outlier_stream",
+    "activation_rule",
 )
 """Names of the stored arrays; an empty array is not stored."""
+
+FACTS = ("shape", "tile", "formats", "outlier_format", "activation_formats")
+"""Names of the fields that describe the arrays."""
 
 OUTLIER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Types of outliers whose values are stored as they are."""
@@ -70,6 +75,9 @@ class QuantizedTensor:
         outlier_columns: their in_channels in original order, ascending in a row.
         outlier_counts: how many of them each out_channel has, uint16 or int32.
         outlier_stream: in place of these three, outliers in two bytes each (`residuals`).
+        activation_formats: formats that activations are rounded to, one of `activations.CHOICES`;
+            empty where they stay as they are.
+        activation_rule: the bytes of the rule that decides between them.
     """
 
     shape: tuple[int, int]
@@ -88,6 +96,8 @@ class QuantizedTensor:
     outlier_columns: Tensor | None = None
     outlier_counts: Tensor | None = None
     outlier_stream: Tensor | None = None
+    activation_formats: tuple[str, ...] = ()
+    activation_rule: Tensor | None = None
 
     def arrays(self) -> dict[str, Tensor]:
         """The arrays a file stores, by name; empty ones are left out."""
@@ -108,6 +118,19 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         """Where the arrays live."""
         return self.codes.device
+
+    @property
+    def activations(self) -> ActivationRule | None:
+        """How activations are to be rounded before they are multiplied; None for not at all."""
+        if self.activation_rule is None:
+            return None
+        return ActivationRule.read(self.activation_formats, self.activation_rule)
+
+    def with_activations(self, rule: ActivationRule | None) -> QuantizedTensor:
+        """Return the same weight with a rule for its activations."""
+        if rule is None:
+            return replace(self, activation_formats=(), activation_rule=None)
+        return replace(self, activation_formats=rule.formats, activation_rule=rule.stored())
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Copy all arrays to a device."""
@@ -236,9 +259,11 @@ def predict_bytes(
     out_permutation: bool = False,
     outliers: int = 0,
     outlier_format: str = "fp16",
+    activation_formats: tuple[str, ...] = (),
 ) -> int:
     """Price a tensor before it exists; equals `nbytes` of what `pack` makes."""
     total = outlier_bytes(shape, outliers, outlier_format)
+    total += rule_bytes(activation_formats, shape[1])
     total += 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
     total += permutation_bytes(shape[1]) * in_permutation
     total += permutation_bytes(shape[0]) * out_permutation

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parametrize("name", names())
 
 def observations(statistic, count=6):
     generator = torch.Generator().manual_seed(0)
-    rows = {"input": lambda i: 3 + i, "gradient": lambda _: SHAPE[0]}[statistic.observes]
+    rows = (lambda _: SHAPE[0]) if statistic.observes == "gradient" else (lambda i: 3 + i)
     # magnitudes twelve decades apart, so that any float sum would depend on the order
     return [
         torch.randn(rows(i), SHAPE[1], generator=generator) * 10.0 ** (3 * (i % 5) - 6)
@@ -46,7 +46,7 @@ def assert_same(left, right):
 def test_declares_what_it_observes(name):
     statistic = get(name)
     assert issubclass(statistic, Statistic)
-    assert statistic.observes in ("input", "gradient")
+    assert statistic.observes in ("input", "gradient", "input_gradient")
     assert isinstance(statistic.sequential, bool)
 
 

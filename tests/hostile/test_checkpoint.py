@@ -127,6 +127,49 @@ class TestOutliers:
         refused("must agree in number and type", describe(MIXED) | {"outlier_format": "fp32"})
 
 
+class TestActivationRules:
+    """What decides at run time how activations are rounded."""
+
+    ROUNDED = TENSORS["layer.rounded"]
+
+    def faulty(self, match, change):
+        changed = arrays(self.ROUNDED)
+        changed["activation_rule"] = change(changed["activation_rule"])
+        refused(f"layer.mixed.activation_rule {match}", changed=changed, tensor=self.ROUNDED)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, -0.5])
+    def test_the_tensor_scale_must_be_positive_and_finite(self, value):
+        self.faulty(
+            "must have a positive and finite tensor scale",
+            lambda rule: torch.cat([torch.tensor([value]).view(torch.uint8), rule[4:]]),
+        )
+
+    def test_every_length_and_type_but_the_right_one(self):
+        for length in (0, 3, 4, 8, 47, 49):
+            self.faulty("must be 48 bytes", lambda rule, size=length: rule.repeat(2)[:size])
+        self.faulty("must be 48 bytes", lambda rule: rule.view(torch.int8))
+        self.faulty("must be 48 bytes", lambda rule: rule[None])
+
+    @pytest.mark.parametrize("code", [0x7F, 0x80, 0xFF])
+    def test_sensitivities_must_be_numbers_that_are_not_negative(self, code):
+        end = torch.tensor([code], dtype=torch.uint8)
+        self.faulty("must have sensitivities", lambda rule: torch.cat([rule[:-1], end]))
+
+    def test_the_description_names_what_is_stored(self):
+        described = describe(self.ROUNDED)
+        plain = {key: value for key, value in described.items() if key != "activations"}
+        refused("activation_rule must be absent", plain, arrays(self.ROUNDED))
+        missing = arrays(self.ROUNDED)
+        del missing["activation_rule"]
+        refused("activation_rule must be stored", described, missing)
+        refused("must be 4 bytes", described | {"activations": ["nvfp4"]}, arrays(self.ROUNDED))
+
+    @pytest.mark.parametrize("value", [["int8"], "nvfp4", 4, None, ["fp8-e4m3-tensor", "nvfp4"]])
+    def test_activations_are_one_of_the_known_choices(self, value):
+        described = describe(self.ROUNDED) | {"activations": value}
+        refused("activations of layer.mixed must be", described, arrays(self.ROUNDED))
+
+
 class TestResiduals:
     """Outliers in two bytes: a step, a count, codes and gaps in one array."""
 

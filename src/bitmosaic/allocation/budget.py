@@ -15,25 +15,36 @@ class Budget:
     """A promise in bytes: of the quantized weights (`bits`) or of the whole checkpoint (`size`).
 
     Exactly one field is set: `bits` per weight over the quantized matrices, everything counted;
-    `size` in bytes of the checkpoint's tensor files; `share` of the original's tensor bytes.
+    `size` in bytes of the checkpoint's tensor files; `share` of the original's tensor bytes; or
+    `fp4`, the share of tiles that a method with two formats makes FP4, from which the bytes follow.
     """
 
     bits: float | None = None
     size: int | None = None
     share: float | None = None
+    fp4: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse anything but one positive, finite number."""
-        given = [value for value in (self.bits, self.size, self.share) if value is not None]
+        if self.fp4 is not None and not 0 <= self.fp4 <= 1:
+            raise ValueError(
+                f"fp4 must be a share from 0 to 1, not {self.fp4!r}. Use --fp4 0.7 for 70 %."
+            )
+        # A share of 0 is a number like any other.
+        fp4 = None if self.fp4 is None else self.fp4 + 1
+        given = [each for each in (self.bits, self.size, self.share, fp4) if each is not None]
         if len(given) != 1 or not 0 < given[0] < float("inf"):
             raise ValueError(
-                f"budget must be exactly one positive number (bits, size or share), not {self!r}. "
+                f"budget must be exactly one positive number (bits, size, share or fp4), "
+                f"not {self!r}. "
                 "Use --bits 2.75 or --size 1.4GiB, 600MB, 0.2x."
             )
 
     def __str__(self) -> str:
         if self.bits is not None:
             return f"{self.bits:g} bits_per_weight"
+        if self.fp4 is not None:
+            return f"{self.fp4:g} of the tiles in FP4"
         return f"{self.size} bytes" if self.size is not None else f"{self.share:g}x"
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
+from bitmosaic.activations import ActivationRule, rule_bytes
 from bitmosaic.allocation.budget import BudgetError
 from bitmosaic.allocation.plan import LayerAllocation, uniform
 from bitmosaic.formats.base import packed_bytes
@@ -36,6 +37,7 @@ class TileCosts:
     outlier_format: str = "fp16"
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
+    activations: ActivationRule | None = None
     spare_outliers: int = 0
     """How many more than `outliers` the bytes of a budget may go to."""
 
@@ -69,6 +71,8 @@ class TileCosts:
             total += permutation_bytes(self.shape[1])
         if self.out_permutation is not None:
             total += permutation_bytes(self.shape[0])
+        if self.activations is not None:
+            total += rule_bytes(self.activations.formats, self.shape[1])
         return total + outlier_bytes(self.shape, self.outliers, self.outlier_format)
 
     def plan(self, tile_map: UInt8[Tensor, "tiles_out tiles_in"]) -> LayerAllocation:
@@ -89,6 +93,7 @@ class TileCosts:
             self.outlier_format,
             self.in_importance,
             self.out_importance,
+            self.activations,
         )
         if renumbered.numel() == 1 and formats.get(used[0]).learned_grid is None:
             bands = uniform(self.shape, used[0])

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats
+from bitmosaic.activations import CHOICES, ActivationRule, rule_fault
 from bitmosaic.tensor import OUTLIER_FORMATS, drop_unused, predict_bytes
 from bitmosaic.tiling import grid_shape
 
@@ -31,6 +32,7 @@ class LayerAllocation:
         outlier_format: one of OUTLIER_FORMATS.
         in_importance: what a squared error in each in_channel costs; None where all cost alike.
         out_importance: the same for each out_channel.
+        activations: how the input is rounded at run time; None for not at all.
     """
 
     shape: tuple[int, int]
@@ -43,6 +45,12 @@ class LayerAllocation:
     outlier_format: str = "fp16"
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
+    activations: ActivationRule | None = None
+
+    @property
+    def activation_formats(self) -> tuple[str, ...]:
+        """Formats that activations are rounded to; empty for none."""
+        return () if self.activations is None else self.activations.formats
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +65,7 @@ class LayerAllocation:
             out_permutation=self.out_permutation is not None,
             outliers=self.outliers,
             outlier_format=self.outlier_format,
+            activation_formats=self.activation_formats,
         )
 
 
@@ -99,7 +108,10 @@ class Allocation:
                 "formats": layer.formats,
                 "outliers": layer.outliers,
                 "outlier_format": layer.outlier_format,
+                "activations": layer.activation_formats,
             }
+            if layer.activations is not None:
+                tensors[f"{name}.activation_rule"] = layer.activations.stored()
             tensors[f"{name}.tile_map"] = layer.tile_map
             for side in ("in_permutation", "out_permutation"):
                 if (order := getattr(layer, side)) is not None:
@@ -140,6 +152,7 @@ class Allocation:
                         outlier_format=described["outlier_format"],
                         in_importance=tensors.get(f"{name}.in_importance"),
                         out_importance=tensors.get(f"{name}.out_importance"),
+                        activations=_rule(name, described, tensors),
                     )
                 )
                 for name, described in json.loads(metadata["layers"]).items()
@@ -155,6 +168,19 @@ class Allocation:
                 f"{path} must be a whole allocation file, but it is damaged ({error}). "
                 "Make it again with `bitmosaic allocate`."
             ) from error
+
+
+def _rule(
+    name: str, described: dict[str, Any], tensors: dict[str, Tensor]
+) -> ActivationRule | None:
+    """Read a layer's rule for activations; ValueError for a damaged one."""
+    names = tuple(described["activations"])
+    if not names:
+        return None
+    stored = tensors[f"{name}.activation_rule"]
+    if names not in CHOICES or rule_fault(names, stored, int(described["shape"][1])):
+        raise ValueError("a rule for activations does not fit its matrix")
+    return ActivationRule.read(names, stored)
 
 
 def _checked(layer: LayerAllocation) -> LayerAllocation:

@@ -15,10 +15,19 @@ _ALIASES = {"score": "score_by"}  # a method's `score` is its hook, so the field
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def make_budget(bits: float | None, size: str | int | None) -> Budget | None:
-    """Read a budget; None where neither is given."""
-    if bits is not None and size is not None:
-        raise ValueError(f"budget must be either bits or size, not both ({bits} and {size}).")
+def make_budget(
+    bits: float | None, size: str | int | None, fp4: float | None = None
+) -> Budget | None:
+    """Read a budget; None where none is given."""
+    given = {"bits": bits, "size": size, "fp4": fp4}
+    named = [f"{key} {value}" for key, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(
+            f"budget must be one of bits, size and fp4, not {' and '.join(named)}. "
+            "Drop all but one."
+        )
+    if fp4 is not None:
+        return Budget(fp4=float(fp4))
     if bits is not None:
         return Budget(bits=float(bits))
     if size is not None:

@@ -19,7 +19,7 @@ from bitmosaic.pipeline.allocate import check_budget
 from bitmosaic.pipeline.calibrate import MANIFEST
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
-from bitmosaic.pipeline.quantize import check_output, work_directory
+from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
 
 DEFAULT_SAMPLES = 64
 """Calibration windows: half of the field's usual 128, since two CPU cores must bear them."""
@@ -57,6 +57,7 @@ def allocate(
     *,
     bits: float | None = None,
     size: str | int | None = None,
+    fp4: float | None = None,
     method: str = DEFAULT_METHOD,
     statistics: str | Path | None = None,
     embedding: str = "int8",
@@ -72,6 +73,7 @@ def allocate(
         output: File for the allocation (.safetensors).
         bits: Budget in bits_per_weight over the quantized matrices, everything counted.
         size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        fp4: Budget as a share of FP4 tiles, the others being FP8 (method fgmp).
         method: Name of a method.
         statistics: Finished statistics directory, where the method needs one.
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
@@ -80,9 +82,9 @@ def allocate(
         track: Shows progress.
         **parameters: The method's own.
     """
-    budget = make_budget(bits, size)
+    budget = make_budget(bits, size, fp4)
     if budget is None:
-        raise ValueError("allocate must have a budget. Give --bits or --size.")
+        raise ValueError("allocate must have a budget. Give --bits, --size or --fp4.")
     chosen = make_method(method, parameters)
     target = None if output is None else Path(output)
     if target is not None and target.exists() and not overwrite:
@@ -109,6 +111,7 @@ def quantize(
     *,
     bits: float | None = None,
     size: str | int | None = None,
+    fp4: float | None = None,
     method: str | None = None,
     calibration: str | Path | CalibrationText | None = None,
     samples: int = DEFAULT_SAMPLES,
@@ -132,6 +135,7 @@ def quantize(
         output: Directory of the packed checkpoint; work is done in OUTPUT.unfinished beside it.
         bits: Budget in bits_per_weight over the quantized matrices, everything counted.
         size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
+        fp4: Budget as a share of FP4 tiles, the others being FP8 (method fgmp).
         method: Name of a method; without it sfmp, or the one that made the allocation.
         calibration: Any source that `evaluation.read_text` takes; read only where it is needed.
         samples: Windows chosen from the text.
@@ -150,12 +154,12 @@ def quantize(
     output = Path(output)
     if overwrite and resume:
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
-    budget = make_budget(bits, size)
+    budget = make_budget(bits, size, fp4)
     plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
     if (budget is None) == (plan is None):
         raise ValueError(
-            "quantize must have either a budget or an allocation. Give one of --bits, --size and "
-            "--allocation."
+            "quantize must have either a budget or an allocation. Give one of --bits, --size, "
+            "--fp4 and --allocation."
         )
     chosen = choose_method(method, parameters, plan)
     if not (resume and output.exists()):
@@ -164,7 +168,7 @@ def quantize(
     if budget is not None:
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head))
     directory = None
-    if statistics is not None and plan is None and chosen.statistics:
+    if statistics is not None and needed_statistics(chosen, plan):
         directory = Path(statistics)
     text = None
     if _needs_text(chosen, plan, directory):
@@ -225,7 +229,7 @@ def _is_finished(directory: Path) -> bool:
 def _needs_text(method: Method, allocation: Allocation | None, statistics: Path | None) -> bool:
     if method.block_statistics:
         return True
-    if allocation is not None or not method.statistics:
+    if not needed_statistics(method, allocation):
         return False
     return statistics is None or not _is_finished(statistics)
 

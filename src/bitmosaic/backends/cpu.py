@@ -99,6 +99,8 @@ class CpuBackend(Backend):
             return f"It runs tensors on the CPU, not on {device}."
         if _MISSING is not None:
             return _MISSING
+        if tensor.activation_rule is not None:
+            return "It has no kernels for rounded activations."
         if tensor.outlier_stream is not None:  # comes to the kernels as plain outliers
             if tensor.shape[1] > _MOST_COLUMNS:
                 return (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bitmosaic.activations import ActivationRule
 from bitmosaic.backends.base import Backend
 from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import packed_bytes
@@ -46,7 +47,14 @@ class ReferenceBackend(Backend):
         *,
         activations: str = "exact",
     ) -> Tensor:
-        """Multiply by the dequantized weight, in x's dtype; activations stay exact."""
+        """Multiply by the dequantized weight, in x's dtype; activations stay exact.
+
+        Where the tensor has a rule for activations, they are rounded by it and multiplied in
+        float32.
+        """
+        rule = prepared.activations
+        if rule is not None:
+            return _rounded_linear(x, prepared, rule, bias)
         return functional.linear(x, _dequantize(prepared, x.dtype), bias)
 
     def rows(self, prepared: QuantizedTensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +66,20 @@ class ReferenceBackend(Backend):
 
 
 BACKEND = ReferenceBackend()
+
+
+def _rounded_linear(
+    x: Tensor, tensor: QuantizedTensor, rule: ActivationRule, bias: Tensor | None
+) -> Tensor:
+    """Multiply activations rounded by `rule`: (g W^T) s2 + bias in float32, then x's dtype."""
+    flat, weight = x.reshape(-1, x.shape[-1]), _dequantize(tensor, torch.float32)
+    if tensor.in_permutation is not None:  # the rule is of the stored order
+        order = tensor.in_permutation.long()
+        flat, weight = flat[:, order], weight[:, order]
+    product = functional.linear(rule.quantize(flat).values, weight) * rule.tensor_scale
+    if bias is not None:
+        product += bias.to(torch.float32)
+    return product.to(x.dtype).view(*x.shape[:-1], tensor.shape[0])
 
 
 def _dequantize(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmosaic import formats
+from bitmosaic.activations import CHOICES, rule_fault
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_fault
 from bitmosaic.tensor import (
@@ -24,7 +25,13 @@ from bitmosaic.tiling import Section, grid_shape, sections
 OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")
 
 
-_OPTIONAL = ("in_permutation", "out_permutation", *OUTLIER_ARRAYS, "outlier_stream")
+_OPTIONAL = (
+    "in_permutation",
+    "out_permutation",
+    *OUTLIER_ARRAYS,
+    "outlier_stream",
+    "activation_rule",
+)
 
 
 _LARGEST_SIDE = 1 << 31
@@ -59,6 +66,7 @@ def describe(tensor: QuantizedTensor) -> dict[str, Any]:
         in_permutation=tensor.in_permutation is not None,
         out_permutation=tensor.out_permutation is not None,
         outlier_format=tensor.outlier_format if _has_outliers(tensor) else None,
+        activation_formats=tensor.activation_formats,
     )
 
 
@@ -70,6 +78,7 @@ def description(
     in_permutation: bool,
     out_permutation: bool,
     outlier_format: str | None = None,
+    activation_formats: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Describe a packed tensor for config.json.
 
@@ -81,6 +90,8 @@ def description(
         described["permutations"] = sides
     if outlier_format is not None:
         described["outlier_format"] = outlier_format
+    if activation_formats:
+        described["activations"] = list(activation_formats)
     return described
 
 
@@ -90,6 +101,8 @@ def check_optional(name: str, described: Mapping[str, Any], stored: Iterable[str
     if "outlier_format" in described:
         residual = described["outlier_format"] == RESIDUAL
         expected += ["outlier_stream"] if residual else OUTLIER_ARRAYS
+    if "activations" in described:
+        expected.append("activation_rule")
     found = {*_OPTIONAL}.intersection(stored)
     if wrong := sorted(found.symmetric_difference(expected)):
         state = "stored" if wrong[0] in expected else "absent"
@@ -141,6 +154,10 @@ def validate(name: str, tensor: QuantizedTensor) -> None:
     _check_permutation(name, "in_permutation", tensor.in_permutation, tensor.shape[1])
     _check_permutation(name, "out_permutation", tensor.out_permutation, tensor.shape[0])
     _check_outliers(name, tensor)
+    if tensor.activation_rule is not None:
+        fault = rule_fault(tensor.activation_formats, tensor.activation_rule, tensor.shape[1])
+        if fault:
+            raise ValueError(f"{name}.activation_rule {fault}. The file is damaged.")
 
 
 def described_tensor(name: str, described: Any) -> QuantizedTensor:
@@ -174,11 +191,17 @@ def described_tensor(name: str, described: Any) -> QuantizedTensor:
         raise ValueError(
             f"permutations of {name} must be in, out or both in this order, not {sides!r}."
         )
+    rounded = described.get("activations", [])
+    if rounded != [] and (not isinstance(rounded, list) or tuple(rounded) not in CHOICES):
+        raise ValueError(
+            f"activations of {name} must be {' or '.join(map(str, map(list, CHOICES)))}, "
+            f"not {rounded!r}."
+        )
     try:
         chosen = tuple(formats.get(each) for each in names)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return QuantizedTensor(shape, tile, chosen, outlier_format)
+    return QuantizedTensor(shape, tile, chosen, outlier_format, activation_formats=tuple(rounded))
 
 
 def _check_extent(name: str, shape: tuple[int, int], tile: tuple[int, int]) -> None:

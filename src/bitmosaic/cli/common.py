@@ -45,6 +45,13 @@ Size = Annotated[
         show_default=False,
     ),
 ]
+Fp4 = Annotated[
+    float | None,
+    typer.Option(
+        help="Budget as a share of FP4 tiles, 0 to 1; the others are FP8 (fgmp).",
+        show_default=False,
+    ),
+]
 Embedding = Annotated[
     str, typer.Option(help="Format of the input embeddings: int8, keep, or any format.")
 ]
@@ -64,8 +71,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windo
 
 
 OPTIONS = frozenset(
-    "model output bits size method calibration samples seqlen seed statistics allocation embedding "
-    "head overwrite resume track".split()
+    "model output bits size fp4 method calibration samples seqlen seed statistics allocation "
+    "embedding head overwrite resume track".split()
 )
 """What `--set` must not name, being no parameter of a method."""
 

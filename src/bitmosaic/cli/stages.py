@@ -11,6 +11,7 @@ import bitmosaic
 from bitmosaic.cli.common import (
     Bits,
     Embedding,
+    Fp4,
     Head,
     Model,
     Overwrite,
@@ -26,6 +27,7 @@ from bitmosaic.cli.common import (
 )
 from bitmosaic.cli.progress import Reporter
 
+METHODS = "rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp"
 TEXT_HELP = (
     "Calibration text: a file, a directory, a datasets id (name:config:split), or stdlib:train."
 )
@@ -91,7 +93,10 @@ def allocate(
     ],
     bits: Bits = None,
     size: Size = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq, septq")] = "sfmp",
+    fp4: Fp4 = None,
+    method: Annotated[
+        str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp")
+    ] = "sfmp",
     statistics: Annotated[
         Path | None,
         typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
@@ -118,6 +123,7 @@ def allocate(
             output,
             bits=bits,
             size=size,
+            fp4=fp4,
             method=method,
             statistics=statistics,
             embedding=embedding,
@@ -139,10 +145,11 @@ def quantize(
     ],
     bits: Bits = None,
     size: Size = None,
+    fp4: Fp4 = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="rtn, gptq, layerwise, sfmp, cmpq, septq (default: sfmp, or the allocation's).",
+            help=f"{METHODS} (default: sfmp, or the allocation's).",
             show_default=False,
         ),
     ] = None,
@@ -191,6 +198,7 @@ def quantize(
             output,
             bits=bits,
             size=size,
+            fp4=fp4,
             method=method,
             calibration=calibration,
             samples=samples,

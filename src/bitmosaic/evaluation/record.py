@@ -25,6 +25,7 @@ from bitmosaic.evaluation.overlap import (
     warn_of_overlap,
 )
 from bitmosaic.evaluation.perplexity import Progress, perplexity
+from bitmosaic.evaluation.shares import observed_shares
 from bitmosaic.evaluation.text import (
     Tokenizer,
     document_sequences,
@@ -118,14 +119,17 @@ def evaluate(
     used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
     record |= _overlap_with_calibration(path, record["text_digest"], used, calibration_documents)
     began = time.monotonic()
-    if reference is None:
-        record |= asdict(perplexity(ours, chosen.windows, batch=batch, progress=progress))
-    else:
-        origin = resolve(reference)
-        theirs = load_model(origin, dtype=dtype, device=device)
-        moved = divergence(ours, theirs, chosen.windows, batch=batch, progress=progress)
-        record |= {"reference": str(reference), "reference_digest": model_digest(origin)}
-        record |= divergence_figures(moved)
+    with observed_shares(ours) as shares:
+        if reference is None:
+            record |= asdict(perplexity(ours, chosen.windows, batch=batch, progress=progress))
+        else:
+            origin = resolve(reference)
+            theirs = load_model(origin, dtype=dtype, device=device)
+            moved = divergence(ours, theirs, chosen.windows, batch=batch, progress=progress)
+            record |= {"reference": str(reference), "reference_digest": model_digest(origin)}
+            record |= divergence_figures(moved)
+    if shares is not None:
+        record |= shares.figures()
     if activations == "int8":
         record |= activations_cost(ours, chosen.windows, batch=batch, progress=progress)
     record["seconds"] = round(time.monotonic() - began, 3)

@@ -24,7 +24,7 @@ LARGEST_POINT, LARGEST_SCALE = 6.0, 448.0
 SMALLEST_SCALE = 2.0**-9
 """Smallest positive E4M3 number, a subnormal."""
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-"""Where the code of a magnitude changes; the one after code n is at place n."""
+"""Between neighbouring magnitudes: a value beyond one goes up."""
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ def _described(name: str, described: Any, entries: dict[str, Entry]) -> Quantize
         tuple(described["tile"]),
         tuple(formats.get(each) for each in described["formats"]),
         described.get("outlier_format", "fp16"),
+        activation_formats=tuple(described.get("activations", ())),
         **{
             key: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
             for key, entry in arrays.items()

@@ -20,6 +20,7 @@ from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import clip_tile, grid_shape
 
 if TYPE_CHECKING:
+    from bitmosaic.allocation.thresholds import InputScores
     from bitmosaic.model.structure import Structure
 
 BASES = ("nearest", "awq", "gptq")
@@ -39,6 +40,8 @@ class BlockView:
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     activation: Mapping[str, ActivationNorms] = field(default_factory=dict)
     pivots: Mapping[str, Tensor] = field(default_factory=dict)
+    input_scores: Mapping[str, InputScores] = field(default_factory=dict)
+    """By the first matrix that reads an input."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,28 @@ class BlockScores:
     """A block's part of the allocation problem.
 
     `importance` is the plain score of each tile (for threshold solvers), in the order of `tables`;
-    `ties` the channel orders to fold, by consumer.
+    `ties` the channel orders to fold, by consumer; `inputs` what decides how the input of each
+    matrix is rounded, the same object for all that share one.
     """
 
     tables: list[TileCosts]
     importance: list[Tensor] = field(default_factory=list)
     ties: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, InputScores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was measured for one layer when its turn to be quantized came."""
+    """What is known of one layer when its turn to be quantized comes.
+
+    `hessian` and `mean_magnitude` are measured on the quantized prefix, `fisher` and `norms` are of
+    the original model.
+    """
 
     hessian: Tensor | None = None
     mean_magnitude: Tensor | None = None
+    fisher: Tensor | None = None
+    norms: ActivationNorms | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,17 @@ class Method:
     counts_outliers: ClassVar[bool] = False
     """Whether what a budget leaves goes to single weights, so that it is met to the last one."""
 
+    shares: ClassVar[bool] = False
+    """Whether a budget may be a share of FP4 tiles, for `allocate_share`."""
+
     @property
     def statistics(self) -> tuple[str, ...]:
         """Global statistics that `score` needs, by name."""
+        return ()
+
+    @property
+    def rounding_statistics(self) -> tuple[str, ...]:
+        """Those among `statistics` that `quantize` needs again: fisher or activation."""
         return ()
 
     @property
@@ -135,6 +154,12 @@ class Method:
     def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
         """Choose the formats of all tiles of the model under `budget` bytes."""
         return solve([table for part in scores for table in part.tables], budget)
+
+    def allocate_share(
+        self, scores: Sequence[BlockScores], share: float
+    ) -> dict[str, LayerAllocation]:
+        """Choose formats so that `share` of the tiles have the cheaper of two."""
+        raise NotImplementedError  # of methods that say `shares`
 
     def scale(
         self,

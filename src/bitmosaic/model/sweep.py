@@ -15,8 +15,8 @@ the model's own forward runs, with its blocks replaced by stubs that record how 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bitmosaic.formats.base import UnsupportedError
-from bitmosaic.model.experts import linears
+from bitmosaic.model.hooks import (
+    Observer,
+    OnGradient,
+    gradients_handed,
+    input_gradients_handed,
+    observed,
+)
 from bitmosaic.model.kept import KeptStates
 from bitmosaic.model.source import Source
 from bitmosaic.model.stub import (
@@ -43,9 +49,6 @@ from bitmosaic.model.stub import (
 # Logits of a chunk of tokens. The loss holds about four tensors of this size at once: 64 MiB keep
 # a vocabulary of 256 000 below 300 MB, where all logits of 2048 tokens would take 8 GB.
 _LOGIT_BYTES = 64 * 2**20
-
-Observer = Callable[[int, Tensor], None]
-OnGradient = Callable[[str, int, Tensor], None]
 
 
 class Sweep:
@@ -180,7 +183,7 @@ class Sweep:
         inputs = self.inputs(index)
         outputs = self._new_states()
         for sample, hidden in enumerate(inputs):
-            with _observed(block, sample, observe or {}):
+            with observed(block, sample, observe or {}):
                 outputs.write(sample, self.run(index, block, hidden))
         self._keep_inputs(index + 1, outputs)
         if not keep_inputs:
@@ -206,12 +209,22 @@ class Sweep:
         self._drop_inputs(self.block_count)
         return losses
 
-    def backward(self, index: int, block: nn.Module, on_gradient: OnGradient) -> None:
+    def backward(
+        self,
+        index: int,
+        block: nn.Module,
+        on_gradient: OnGradient,
+        *,
+        observe: Mapping[str, Observer] | None = None,
+        keep_inputs: bool = False,
+    ) -> None:
         """Take every sample's gradient back through one block.
 
         `on_gradient(name, sample, gradient)` gets dL_s/dW [out, in] of each linear, in float32 or
         wider, as soon as it is complete; it is freed on return. A linear that no token reached,
-        as in an unrouted expert, gives no call. The block's kept inputs are given up at the end; if
+        as in an unrouted expert, gives no call. `observe` maps names of linears to callbacks that
+        get (sample, dL_s/dx [tokens, in]) of the input x that the linear reads, summed over all
+        that read it. The block's kept inputs are given up at the end, unless `keep_inputs`; if
         the run is broken off before, the state stays that of before the call.
         """
         if self._gradients is None or self._gradient_index != index + 1:
@@ -224,12 +237,25 @@ class Sweep:
         before = self._new_states()
         for sample, hidden in enumerate(inputs):
             hidden.requires_grad_()
-            with _gradients_handed(block, sample, on_gradient), torch.enable_grad():
+            with (
+                gradients_handed(block, sample, on_gradient),
+                input_gradients_handed(block, sample, observe or {}),
+                torch.enable_grad(),
+            ):
                 output = self.run(index, block, hidden)
                 torch.autograd.backward(output, self._gradients[sample])
             assert hidden.grad is not None
             before.write(sample, hidden.grad)
         self._set_gradients(index, before)
+        if not keep_inputs:
+            self._drop_inputs(index)
+
+    @torch.no_grad()
+    def replay(self, index: int, block: nn.Module, observe: Mapping[str, Observer]) -> None:
+        """Run one block once more for what reaches its linears; give its kept inputs up."""
+        for sample, hidden in enumerate(self.inputs(index)):
+            with observed(block, sample, observe):
+                self.run(index, block, hidden)
         self._drop_inputs(index)
 
     @property
@@ -351,44 +377,3 @@ def _loss_gradient(
         total += loss.detach()
     last.replacement = None
     return total, gradient
-
-
-@contextmanager
-def _observed(block: nn.Module, sample: int, observe: Mapping[str, Observer]) -> Iterator[None]:
-    """Hand what reaches the named linears to their observers."""
-    handles = []
-    for name, observer in observe.items():
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Observer = observer) -> None:
-            observer(sample, inputs[0].reshape(-1, inputs[0].shape[-1]))
-
-        handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _gradients_handed(block: nn.Module, sample: int, on_gradient: OnGradient) -> Iterator[None]:
-    """Hand each linear's weight gradient over when it is complete, and free it at once."""
-    handles = []
-    matrices = linears(block)
-    for name, linear in matrices.items():
-
-        def hook(weight: Tensor, name: str = name) -> None:
-            gradient, weight.grad = weight.grad, None
-            assert gradient is not None
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            on_gradient(name, sample, gradient.to(wide))
-
-        linear.weight.requires_grad_()
-        handles.append(linear.weight.register_post_accumulate_grad_hook(hook))
-    try:
-        yield
-    finally:
-        for handle, linear in zip(handles, matrices.values(), strict=True):
-            handle.remove()
-            linear.weight.grad = None
-            linear.weight.requires_grad_(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 import bitmosaic
 from bitmosaic import checkpoint
 from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts, feasible_range
+from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
 from bitmosaic.model.experts import linears
 from bitmosaic.model.residual import residual_permutable
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, permute_residual_block
-from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
 from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.statistics.activation import ActivationNorms
@@ -112,6 +113,13 @@ def score(
 
 def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPlan) -> None:
     """Refuse, before any work, a budget that no choice of the method's formats can meet."""
+    if budget.fp4 is not None:
+        if not method.shares:
+            raise BudgetError(
+                f"method {method.name} must have a budget in bits or size, not in FP4 tiles. "
+                "Use --bits or --size, or method fgmp."
+            )
+        return
     if not method.fits_any_budget:  # one format for all: its bytes follow from the shapes
         empty = {
             name: torch.empty(shape, device="meta")
@@ -152,6 +160,8 @@ def plan_budget(
     A solver counts what a layer takes if it uses every format; what a layer that does not need
     some of them takes less is put to use by solving again.
     """
+    if budget.fp4 is not None:
+        return method.allocate_share(scores, budget.fp4)
     tables = [table for part in scores for table in part.tables]
     most = feasible_range(tables)[1]
     weighed: Callable[[dict[str, Any]], int] = plan.total_bytes
@@ -203,12 +213,13 @@ class _Scorer:
         found = self.structures.of(index, block)
         fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
         activation = self._activation(index)
+        inputs = self._inputs(index)
         if residual is not None:
             permute_residual_block(block, found, residual)
             fisher = _permute_residual(fisher, found, residual)
             activation, pivots = _permute_inputs(activation, pivots, found, residual)
         weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
-        view = BlockView(weights, found, fisher, activation, pivots)
+        view = BlockView(weights, found, fisher, activation, pivots, inputs)
         return self.method.score(view)
 
     def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
@@ -216,15 +227,15 @@ class _Scorer:
             return {}
         return self.statistics.read(index, statistic)
 
+    def _inputs(self, index: int) -> dict[str, InputScores]:
+        if INPUT_SCORES not in self.method.statistics or self.statistics is None:
+            return {}
+        return self.statistics.read_input_scores(index, getattr(self.method, "policy"))  # noqa: B009
+
     def _activation(self, index: int) -> dict[str, ActivationNorms]:
         if "activation" not in self.method.statistics or self.statistics is None:
             return {}
-        parts = [each.name for each in fields(ActivationNorms)]
-        read = {part: self.statistics.read(index, "activation", part) for part in parts}
-        return {
-            name: ActivationNorms(**{part: read[part][name] for part in parts})
-            for name in read[parts[0]]
-        }
+        return self.statistics.read_norms(index)
 
 
 def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Tensor | None:
@@ -293,6 +304,7 @@ def _renamed(part: BlockScores, prefix: str) -> BlockScores:
         [replace(table, name=f"{prefix}.{table.name}") for table in part.tables],
         part.importance,
         {f"{prefix}.{name}": order for name, order in part.ties.items()},
+        {f"{prefix}.{name}": found for name, found in part.inputs.items()},
     )
 
 
@@ -313,6 +325,14 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 "outliers": table.outliers,
                 "outlier_format": table.outlier_format,
                 "spare_outliers": table.spare_outliers,
+                "input": next(
+                    (
+                        name
+                        for name, found in part.inputs.items()
+                        if found is part.inputs.get(table.name)
+                    ),
+                    None,
+                ),
             }
         )
         tensors[f"{table.name}.cost"] = table.cost
@@ -321,6 +341,11 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 tensors[f"{table.name}.{side}"] = values
     for table, sums in zip(part.tables, part.importance, strict=False):
         tensors[f"{table.name}.importance"] = sums
+    shared = {id(found): name for name, found in reversed(part.inputs.items())}
+    for name, found in part.inputs.items():
+        if shared[id(found)] == name:
+            for key, tensor in found.tensors().items():
+                tensors[f"{name}.{INPUT_SCORES}.{key}"] = tensor
     checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
 
 
@@ -330,8 +355,13 @@ def load_scores(path: Path) -> BlockScores | None:
         return None
     tensors, metadata = checkpoint.read_tensors(path)
     tables, importance = [], []
+    inputs: dict[str, InputScores] = {}
     for described in json.loads(metadata["tables"]):
-        name = described["name"]
+        name, shared = described["name"], described["input"]
+        if shared is not None:
+            prefix = f"{shared}.{INPUT_SCORES}."
+            kept = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            inputs[name] = inputs.get(shared) or InputScores.from_tensors(kept)
         tables.append(
             TileCosts(
                 name,
@@ -342,6 +372,7 @@ def load_scores(path: Path) -> BlockScores | None:
                 outliers=described["outliers"],
                 outlier_format=described["outlier_format"],
                 spare_outliers=described["spare_outliers"],
+                activations=inputs[name].rule if name in inputs else None,
                 **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
             )
         )
@@ -350,4 +381,4 @@ def load_scores(path: Path) -> BlockScores | None:
     ties = {
         name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
     }
-    return BlockScores(tables, importance, ties)
+    return BlockScores(tables, importance, ties, inputs)

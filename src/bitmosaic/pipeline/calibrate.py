@@ -8,8 +8,9 @@ goes on to the block before is written with them, so an interrupted run goes on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bitmosaic import checkpoint, statistics
+from bitmosaic.allocation.thresholds import SCORE_PARTS, InputScores, ScoreCounter
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
+from bitmosaic.model.structure import InputGroup
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.common import (
     Track,
@@ -31,12 +34,18 @@ from bitmosaic.pipeline.common import (
     tokens_digest,
     warn_unreached,
 )
+from bitmosaic.statistics import Statistic
+from bitmosaic.statistics.activation import ActivationNorms
 
 MANIFEST = "statistics.json"
-KINDS = {"input": "inputs", "gradient": "block"}
+KINDS = {"input": "inputs", "gradient": "block", "input_gradient": "block"}
 """How a block's file is called, by what its statistics observe."""
-EVERY = ("activation", "pivots", "fisher")
-"""The statistics of the original model that methods may ask for."""
+INPUT_SCORES = "input_scores"
+"""Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
+them and one more pass over each block."""
+_SCORES_NEED = ("input_amax", "input_fisher")
+EVERY = ("activation", "pivots", "fisher", *_SCORES_NEED, INPUT_SCORES)
+"""What methods may ask for of the original model."""
 _GRADIENTS = "gradients.safetensors"
 DEFAULT_MEMORY_CAP = 256 * 2**20
 """Bytes of block inputs kept in memory; beyond it they go to files."""
@@ -79,6 +88,28 @@ class Statistics:
                 "model. Calibrate this model."
             )
 
+    def read_input_scores(self, index: int, policy: str) -> dict[str, InputScores]:
+        """Read what is known of a block's inputs: name of the first that reads one -> scores."""
+        path = block_file(self.directory, index)
+        suffix = f".{INPUT_SCORES}.{policy}"
+        entries = checkpoint.read_entries(path)
+        names = {name.partition(suffix)[0] for name in entries if suffix in name}
+        return {
+            name: InputScores.from_tensors(
+                checkpoint.read_tensors(path, [f"{name}{suffix}.{part}" for part in SCORE_PARTS])[0]
+            )
+            for name in sorted(names)
+        }
+
+    def read_norms(self, index: int) -> dict[str, ActivationNorms]:
+        """Read the norms of the inputs of a block's layers."""
+        parts = [each.name for each in fields(ActivationNorms)]
+        read = {part: self.read(index, "activation", part) for part in parts}
+        return {
+            name: ActivationNorms(**{part: read[part][name] for part in parts})
+            for name in read[parts[0]]
+        }
+
     def read(self, index: int, statistic: str, part: str = "") -> dict[str, Tensor]:
         """Read one statistic of all layers of a block: name relative to the block -> tensor.
 
@@ -107,8 +138,10 @@ def calibrate(
     The same call goes on with an interrupted run of the same model, tokens and statistics.
     `text` (plain JSON: digest, sketch) is kept in the manifest, for evaluation to compare with.
     """
+    if INPUT_SCORES in names:
+        names = (*(name for name in _SCORES_NEED if name not in names), *names)
     for name in names:
-        if statistics.get(name).sequential:
+        if name != INPUT_SCORES and statistics.get(name).sequential:
             raise ValueError(
                 f"statistics must be of the original model here, not {name!r}. "
                 "It is measured while quantizing, on what is quantized already."
@@ -141,7 +174,8 @@ def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     """Sort statistics by the file that they go to."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(KINDS[statistics.get(name).observes], []).append(name)
+        kind = "gradient" if name == INPUT_SCORES else statistics.get(name).observes
+        kinds.setdefault(KINDS[kind], []).append(name)
     return kinds
 
 
@@ -214,39 +248,128 @@ def _sweep(
         checkpoint.write_tensors(saved, sweep.gradients)
     for index in track(range(last, -1, -1), "backward", last + 1):
         block = source.load_block(index)
-        measured, unreached = _backward(index, sweep, block, kinds[KINDS["gradient"]])
+        measured, unreached = _Backward(source, directory, index, block).run(
+            sweep, kinds[KINDS["gradient"]]
+        )
         if KINDS["input"] not in kinds:  # else it was said when its inputs were measured
             warn_unreached(source.block_names[index], unreached)
         checkpoint.write_tensors(block_file(directory, index), measured)
         checkpoint.write_tensors(saved, sweep.gradients)
 
 
-def _backward(
-    index: int, sweep: Sweep, block: nn.Module, names: Sequence[str]
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Take the gradients through one block.
+class _Backward:
+    """Takes the gradients through one block and measures its statistics on the way."""
 
-    Returns its finished statistics, and the matrices that no token reached.
-    """
-    sums = {
-        (name, layer): statistics.get(name)(tuple(linear.weight.shape))
-        for layer, linear in linears(block).items()
-        for name in names
-    }
+    def __init__(self, source: Source, directory: Path, index: int, block: nn.Module) -> None:
+        self._source, self._directory, self._index = source, directory, index
+        self._block, self._matrices = block, linears(block)
 
-    reached: set[str] = set()
+    @functools.cached_property
+    def _groups(self) -> tuple[InputGroup, ...]:
+        """Which matrices share an input: proved only where a statistic is of inputs."""
+        return structures(self._source).of(self._index, self._block).inputs
 
-    def collect(layer: str, sample: int, gradient: Tensor) -> None:
-        reached.add(layer)
-        for name in names:
-            sums[name, layer].update(gradient)
+    def run(self, sweep: Sweep, names: Sequence[str]) -> tuple[dict[str, Tensor], set[str]]:
+        """Return the finished statistics, and the matrices that no token reached."""
+        scores = INPUT_SCORES in names
+        of_weights, of_inputs = (
+            [name for name in names if name != INPUT_SCORES and _observes(name) == kind]
+            for kind in ("gradient", "input_gradient")
+        )
+        sums = self._new(self._matrices, of_weights)
+        firsts = [group.linears[0] for group in self._groups] if of_inputs else []
+        input_sums = self._new(firsts, of_inputs)
+        reached: set[str] = set()
 
-    sweep.backward(index, block, collect)
-    unreached = {layer for _, layer in sums} - reached
-    measured: dict[str, Tensor] = {}
-    for name, layer in list(sums):
-        value = sums.pop((name, layer)).value()
-        measured[f"{layer}.{name}"] = value
-        measured[f"{layer}.{name}.rows"] = value.sum(1, dtype=torch.float64)
-        measured[f"{layer}.{name}.columns"] = value.sum(0, dtype=torch.float64)
-    return measured, unreached
+        def collect(layer: str, sample: int, gradient: Tensor) -> None:
+            reached.add(layer)
+            for statistic in sums[layer].values():
+                statistic.update(gradient)
+
+        sweep.backward(
+            self._index,
+            self._block,
+            collect,
+            observe={layer: _updater(parts) for layer, parts in input_sums.items()},
+            keep_inputs=scores,
+        )
+        measured = self._finish(sums)
+        inputs = {
+            f"{layer}.{name}": statistic.value()
+            for layer, parts in input_sums.items()
+            for name, statistic in parts.items()
+        }
+        for name in of_inputs:
+            for group in self._groups:
+                value = inputs[f"{group.linears[0]}.{name}"]
+                measured |= {f"{layer}.{name}": value for layer in group.linears}
+        if scores:
+            measured |= self._scores(sweep, inputs)
+        return measured, sums.keys() - reached
+
+    def _new(
+        self, layers: Iterable[str], names: Sequence[str]
+    ) -> dict[str, dict[str, Statistic[Any]]]:
+        return {
+            layer: {
+                name: statistics.get(name)(tuple(self._matrices[layer].weight.shape))
+                for name in names
+            }
+            for layer in layers
+        }
+
+    @staticmethod
+    def _finish(sums: dict[str, dict[str, Statistic[Any]]]) -> dict[str, Tensor]:
+        """Take the values of statistics of weights, giving up each sum as it is read."""
+        measured: dict[str, Tensor] = {}
+        for layer, parts in sums.items():
+            for name in list(parts):
+                value = parts.pop(name).value()
+                measured[f"{layer}.{name}"] = value
+                measured[f"{layer}.{name}.rows"] = value.sum(1, dtype=torch.float64)
+                measured[f"{layer}.{name}.columns"] = value.sum(0, dtype=torch.float64)
+        return measured
+
+    def _scores(self, sweep: Sweep, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Score the tiles of all inputs, now that it is known what their channels are worth."""
+        counters = {}
+        path = block_file(self._directory, self._index, KINDS["input"])
+        for group in self._groups:
+            first = group.linears[0]
+            amax = checkpoint.read_tensors(path, [f"{first}.input_amax"])[0][f"{first}.input_amax"]
+            norms = [
+                self._matrices[layer].weight.detach().double().square().sum(0)
+                for layer in group.linears
+            ]
+            worths = {
+                "fisher": fisher[f"{first}.input_fisher"],
+                "qerr": torch.ones(amax.shape),
+                "output_err": torch.stack(norms).sum(0),
+            }
+            counters[first] = ScoreCounter(float(amax.max()), worths)
+
+        def counting(counter: ScoreCounter) -> Callable[[int, Tensor], None]:
+            return lambda _, x: counter.update(x)
+
+        observe = {first: counting(counter) for first, counter in counters.items()}
+        sweep.replay(self._index, self._block, observe)
+        return {
+            f"{first}.{INPUT_SCORES}.{policy}.{part}": tensor
+            for first, counter in counters.items()
+            for policy, found in counter.value().items()
+            for part, tensor in found.tensors().items()
+        }
+
+
+def _observes(name: str) -> str:
+    return statistics.get(name).observes
+
+
+def _updater(parts: Mapping[str, Statistic[Any]]) -> Callable[[int, Tensor], None]:
+    """Make an observer that adds what it gets to all statistics."""
+
+    def update(_: int, observed: Tensor) -> None:
+        for statistic in parts.values():
+            statistic.update(observed)
+
+    return update

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats, rounding
+from bitmosaic.activations import rule_bytes
 from bitmosaic.allocation import (
     Allocation,
     Budget,
@@ -193,6 +194,9 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
         if getattr(layer, side) is not None:
             dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
+    if layer.activations is not None:
+        size = rule_bytes(layer.activation_formats, layer.shape[1])
+        found.append(Entry(f"{name}.activation_rule", torch.uint8, (size,)))
     if layer.outliers and layer.outlier_format == RESIDUAL:
         found.append(Entry(f"{name}.outlier_stream", torch.uint8, (stream_bytes(layer.outliers),)))
     elif layer.outliers:
@@ -282,6 +286,7 @@ def _write_config(plan: OutputPlan, allocation: Allocation, directory: Path) -> 
             in_permutation=layer.in_permutation is not None,
             out_permutation=layer.out_permutation is not None,
             outlier_format=layer.outlier_format if layer.outliers else None,
+            activation_formats=layer.activation_formats,
         )
     config["quantization_config"] = {
         "quant_method": checkpoint.QUANT_METHOD,

@@ -6,7 +6,9 @@ is measured on what the already quantized blocks before it give.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from bitmosaic.model.structure import (
     scale_group,
 )
 from bitmosaic.model.sweep import Sweep
+from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import (
     Track,
     block_file,
@@ -46,10 +49,12 @@ class Packer:
         work: Path,
         tokens: Tensor | None,
         memory_cap: int,
+        statistics: Statistics | None = None,
     ) -> None:
         self.plan, self.source = plan, plan.source
         self.method, self.allocation = method, allocation
         self.work, self.tokens, self.memory_cap = work, tokens, memory_cap
+        self.statistics = statistics
         self.structures = structures(plan.source)
 
     def run(self, track: Track) -> None:
@@ -112,6 +117,7 @@ class Packer:
             assert found is not None
             measured = _measure(self.method, sweep, index, block, found)
             _scale(self.method, block, found, layers, measured)
+        known = self._known(index)
         arrays: dict[str, Tensor] = {}
         matrices = linears(block)
         for name, linear in matrices.items():
@@ -119,7 +125,7 @@ class Packer:
                 f"{prefix}.{name}",
                 linear.weight.detach(),
                 layers[name],
-                measured.get(name, LayerStatistics()),
+                replace(measured.get(name, LayerStatistics()), **known.get(name, {})),
             )
             _check_size(f"{prefix}.{name}", tensor, layers[name])
             arrays |= {f"{prefix}.{name}.{key}": part for key, part in tensor.arrays().items()}
@@ -134,6 +140,22 @@ class Packer:
         checkpoint.write_tensors(path, arrays)
         if sweep is not None and index + 1 < len(self.source.block_names):
             sweep.forward(index, block, keep_inputs=False)
+
+    def _known(self, index: int) -> dict[str, dict[str, Any]]:
+        """Read the statistics of the original model that rounding weighs errors by."""
+        found: dict[str, dict[str, Any]] = {}
+        names = self.method.rounding_statistics
+        if not names:
+            return found
+        assert self.statistics is not None
+        assert self.allocation.residual is None, "statistics are in the original order"
+        if "fisher" in names:
+            for name, fisher in self.statistics.read(index, "fisher").items():
+                found.setdefault(name, {})["fisher"] = fisher
+        if "activation" in names:
+            for name, norms in self.statistics.read_norms(index).items():
+                found.setdefault(name, {})["norms"] = norms
+        return found
 
     def _fold(self, index: int, block: nn.Module, prefix: str) -> Structure | None:
         """Apply the orders that the allocation folds into the block."""
@@ -172,6 +194,7 @@ class Packer:
                 in_permutation=layer.in_permutation is not None,
                 out_permutation=layer.out_permutation is not None,
                 outlier_format=layer.outlier_format if layer.outliers else None,
+                activation_formats=layer.activation_formats,
             )
             tensor = checkpoint.assemble(full, described, arrays)
             linear.weight.data.copy_(tensor.dequantize())

@@ -36,6 +36,7 @@ from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
 
 RUN = "run.json"
+ALLOCATION = "allocation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,25 @@ def quantize(
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = _prepare_directories(output, options.overwrite, identity)
     claim(work, RUN, identity, "Use --overwrite to start again.")
+    needed = needed_statistics(method, allocation)
+    if allocation is None and (work / ALLOCATION).is_file():
+        allocation = Allocation.load(work / ALLOCATION)
+    measured = None
+    if needed_statistics(method, allocation):
+        measured = _statistics(source, needed, work, tokens, statistics_directory, options, track)
     if allocation is None:
         assert budget is not None
-        allocation = _allocation(
+        allocation = allocate(
             source,
             method,
             budget,
-            plan,
-            work,
-            tokens,
-            statistics_directory,
-            options,
-            track,
+            statistics=measured,
+            plan=plan,
+            cache=None if measured else work,
+            track=track,
         )
-    packer = Packer(plan, method, allocation, work, tokens, options.memory_cap)
+        allocation.save(work / ALLOCATION)
+    packer = Packer(plan, method, allocation, work, tokens, options.memory_cap, measured)
     packer.run(track)
     facts = _facts(source, method, budget, allocation, tokens, options)
     finished = work / "finished"
@@ -136,7 +142,8 @@ def _check_request(
     measures = bool(method.block_statistics)
     calibrates = _calibrates(method, allocation, statistics_directory)
     if (measures or calibrates) and tokens is None:
-        why = ", ".join((*method.block_statistics, *(method.statistics if calibrates else ())))
+        needed = needed_statistics(method, allocation) if calibrates else ()
+        why = ", ".join((*method.block_statistics, *needed))
         raise ValueError(
             f"method {method.name} must have calibration text, to measure {why}. "
             "Give --calibration; with finished statistics, --base nearest needs none."
@@ -146,8 +153,13 @@ def _check_request(
 def _calibrates(
     method: Method, allocation: Allocation | None, statistics_directory: Path | None
 ) -> bool:
-    """Whether the run measures the statistics that allocation needs."""
-    return allocation is None and bool(method.statistics) and statistics_directory is None
+    """Whether the run measures statistics of the original model."""
+    return bool(needed_statistics(method, allocation)) and statistics_directory is None
+
+
+def needed_statistics(method: Method, allocation: Allocation | None) -> tuple[str, ...]:
+    """Name the statistics of the original model that are needed: few where a plan exists."""
+    return method.statistics if allocation is None else method.rounding_statistics
 
 
 def _check_allocation(source: Source, allocation: Allocation) -> None:
@@ -228,6 +240,8 @@ def _allocation_digest(allocation: Allocation) -> str:
         facts = [name, layer.shape, layer.tile, layer.formats, layer.outliers, layer.outlier_format]
         content.update(json.dumps(facts).encode())
         content.update(layer.tile_map.numpy().tobytes())
+        if layer.activations is not None:
+            content.update(layer.activations.stored().numpy().tobytes())
         for values in (layer.in_importance, layer.out_importance):
             content.update(b"" if values is None else values.numpy().tobytes())
         orders += [(f"{name}.in", layer.in_permutation), (f"{name}.out", layer.out_permutation)]
@@ -237,46 +251,30 @@ def _allocation_digest(allocation: Allocation) -> str:
     return content.hexdigest()
 
 
-def _allocation(
+def _statistics(
     source: Source,
-    method: Method,
-    budget: Budget,
-    plan: OutputPlan,
+    names: tuple[str, ...],
     work: Path,
     tokens: Tensor | None,
-    statistics_directory: Path | None,
+    directory: Path | None,
     options: QuantizeOptions,
     track: Track,
-) -> Allocation:
-    path = work / "allocation.safetensors"
-    if path.is_file():
-        return Allocation.load(path)
-    measured = None
-    if method.statistics:
-        if statistics_directory is not None:
-            measured = Statistics.open(statistics_directory)
-        else:
-            assert tokens is not None
-            measured = calibrate(
-                source,
-                tokens,
-                options.keep_statistics or work / "statistics",
-                names=method.statistics,
-                memory_cap=options.memory_cap,
-                track=track,
-                text=options.text,
-            )
-    allocation = allocate(
+) -> Statistics:
+    """Open finished statistics, or measure those that are needed."""
+    if directory is not None:
+        measured = Statistics.open(directory)
+        measured.check_model(source)
+        return measured
+    assert tokens is not None
+    return calibrate(
         source,
-        method,
-        budget,
-        statistics=measured,
-        plan=plan,
-        cache=None if measured else work,
+        tokens,
+        options.keep_statistics or work / "statistics",
+        names=names,
+        memory_cap=options.memory_cap,
         track=track,
+        text=options.text,
     )
-    allocation.save(path)
-    return allocation
 
 
 def _facts(

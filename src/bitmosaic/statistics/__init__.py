@@ -28,7 +28,7 @@ def get(name: str) -> type[Statistic[Any]]:
     """Return the statistic's class; ValueError for an unknown name."""
     if name in _built_in():
         module = importlib.import_module(f"{__name__}.{name}")
-        return getattr(module, name.capitalize())
+        return getattr(module, "".join(part.capitalize() for part in name.split("_")))
     for point in importlib.metadata.entry_points(group=_GROUP, name=name):
         return point.load()
     raise ValueError(

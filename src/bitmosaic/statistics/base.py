@@ -9,8 +9,8 @@ fixed binary positions and the digits are added as integers, which is exact.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Generic, Literal, Self, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -217,6 +217,19 @@ class ReproducibleSum:
             self._high[rows].mul_(stays[rows])
 
 
+class Accumulator(Protocol):
+    """What a statistic is made of: a `ReproducibleSum`, or anything as free of order."""
+
+    def merge(self, other: Any, /) -> None:
+        """Add the contributions of another accumulator of the same shape."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all there is to know, as tensors."""
+
+    def load_state(self, state: dict[str, Tensor], /) -> None:
+        """Replace everything by a saved state; ValueError for one that is none."""
+
+
 class Statistic(ABC, Generic[Value]):
     """An accumulator over calibration samples for one linear layer with a weight [out, in].
 
@@ -224,8 +237,9 @@ class Statistic(ABC, Generic[Value]):
     and neither order nor split changes a bit of `state()` or `value()`.
     """
 
-    observes: ClassVar[Literal["input", "gradient"]]
-    """What `update` takes: the layer's input [tokens, in], or a loss gradient [out, in]."""
+    observes: ClassVar[Literal["input", "gradient", "input_gradient"]]
+    """What `update` takes: the layer's input [tokens, in], the loss gradient of its weight
+    [out, in], or that of its input [tokens, in]."""
 
     sequential: ClassVar[bool]
     """Whether it is measured again after earlier blocks were quantized."""
@@ -255,7 +269,7 @@ class Statistic(ABC, Generic[Value]):
         """Return the statistic in float32."""
 
     @abstractmethod
-    def sums(self) -> dict[str, ReproducibleSum]:
+    def sums(self) -> Mapping[str, Accumulator]:
         """Return the sums that make up the accumulator, by name."""
 
     def merge(self, other: Self) -> None:

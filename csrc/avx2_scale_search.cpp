@@ -1,0 +1,10 @@
+// The search of E4M3 scales, eight at a time.
+#include "scale_search_lanes.h"
+
+namespace bitmosaic {
+
+void search_scales_avx2(const ScaleSearch& search, int64_t begin, int64_t end) {
+    Sweep<8>::run(search, begin, end);
+}
+
+}  // namespace bitmosaic
