@@ -25,6 +25,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.uint16: "U16",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 
