@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import bitmosaic
 from architectures import tokens
 from bitmosaic import evaluation, pipeline
 from bitmosaic.activations import HIGH, LOW
 from bitmosaic.allocation import Allocation, Budget, BudgetError, LayerAllocation
+from bitmosaic.api.energy import DEFAULT_TABLE, energy_table, workload
 from bitmosaic.evaluation.shares import observed_shares
+from bitmosaic.hardware.energy import energy as energy_of
 from bitmosaic.linear import QuantizedLinear
 from bitmosaic.methods.base import LayerStatistics
 from bitmosaic.methods.fgmp import Fgmp
@@ -341,3 +344,50 @@ def test_evaluation_records_shares(model: Case) -> None:
     figures = shares.figures()
     assert 0 < figures["activation_fp4_share"] < 1
     assert figures["activation_values"] > 0
+
+
+def written_plan(model: Case, tmp_path: Path, energy: float, **parameters: Any) -> Allocation:
+    return bitmosaic.allocate(
+        model.directory / "model",
+        tmp_path / "plan.safetensors",
+        energy=energy,
+        method="fgmp",
+        statistics=model.statistics.directory,
+        overwrite=True,
+        **parameters,
+    )
+
+
+@pytest.mark.parametrize("parameters", [{}, {"energy_table": "synthesis-osu018-probe"}])
+def test_an_energy_budget_is_met_with_as_few_low_tiles_as_possible(
+    model: Case, tmp_path: Path, parameters: dict[str, Any]
+) -> None:
+    plan = written_plan(model, tmp_path, 0.9, **parameters)
+    facts = plan.recipe["energy"]
+    assert facts["relative_energy"] <= 0.9
+    low, tiles = low_tiles(plan)
+    assert facts["weight_share"] == pytest.approx(low / tiles)
+    scores, _ = pipeline.score(model.source, Fgmp(), statistics=model.statistics)
+    inputs = {name: found for part in scores for name, found in part.inputs.items()}
+    name = parameters.get("energy_table", DEFAULT_TABLE)
+    fewer = Fgmp().allocate_share(scores, (low - 1) / tiles)
+    assert energy_of(workload(fewer, inputs), energy_table(name)).relative > 0.9
+    loaded = Allocation.load(tmp_path / "plan.safetensors")
+    assert loaded.recipe["energy"] == facts
+
+
+def test_energy_budgets_that_cannot_be_are_refused(model: Case, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"energy must be at least 0\.8000 of all-FP8's"):
+        written_plan(model, tmp_path, 0.5)
+    with pytest.raises(ValueError, match="energy table must be one of"):
+        written_plan(model, tmp_path, 0.9, energy_table="mine")
+    with pytest.raises(ValueError, match="method must be fgmp for a budget of energy"):
+        bitmosaic.allocate(model.directory / "model", energy=0.9, method="sfmp")
+    with pytest.raises(ValueError, match=r"one of bits, size, fp4 and energy, not bits 5 and ene"):
+        bitmosaic.allocate(model.directory / "model", energy=0.9, bits=5, method="fgmp")
+
+
+def test_all_fp8_takes_the_energy_that_all_is_measured_by(model: Case, tmp_path: Path) -> None:
+    plan = written_plan(model, tmp_path, 1.0)
+    assert low_tiles(plan)[0] == 0
+    assert plan.recipe["energy"]["relative_energy"] == 1.0
