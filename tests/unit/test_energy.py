@@ -386,7 +386,7 @@ def test_the_sweep_falls_along_the_line() -> None:
 
 
 @given(seed=SEEDS, budget=st.floats(0.4, 1.05))
-@few(40)
+@few(12)
 def test_the_fewest_tiles_are_those_of_a_search_one_by_one(seed: int, budget: float) -> None:
     made = work(seed, layers=2)
     sizes = [layer.weights.shape[0] * len(layer.weights.fp4) for layer in made.layers.values()]
