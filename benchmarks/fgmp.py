@@ -28,21 +28,30 @@ from transformers.utils import logging as transformers_logging
 import bitmosaic
 import bitmosaic.integrations.transformers
 from bitmosaic import checkpoint, pipeline
-from bitmosaic.activations import ActivationRule
+from bitmosaic.activations import LOW, ActivationRule
 from bitmosaic.allocation import Budget
 from bitmosaic.allocation.thresholds import InputScores, pooled
 from bitmosaic.evaluation.divergence import divergence
-from bitmosaic.evaluation.shares import observed_shares
+from bitmosaic.evaluation.shares import ActivationShares, observed_shares
+from bitmosaic.hardware.energy import energy
+from bitmosaic.hardware.energy_tables import calibrated_table, probe_table, read_synthesis
+from bitmosaic.hardware.tiles import Activations
+from bitmosaic.hardware.workload import Workload
 from bitmosaic.linear import QuantizedLinear, set_activations
 from bitmosaic.methods.fgmp import Fgmp
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.common import structures
 from fgmp_checks import checks
-from quality import CASES, Case, Remembered
+from quality import CASES, ROOT, Case, Remembered
 
 SHARES = (0.5, 0.7, 0.8, 0.9)
 WINDOWS = {"stdlib-llama": 120, "stories260k": 100, "mygpt-shakespeare-opt": 320}
 """Held-out sequences of each model: some 30,000, 20,000 and 20,000 tokens."""
+
+
+HARDWARE = ROOT / "benchmarks/results/hardware.json"
+SYNTHESIS = read_synthesis(HARDWARE) if HARDWARE.is_file() else probe_table()
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,16 @@ class Bench:
         model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         set_activations(model, "exact")
         row: dict[str, Any] = {}
-        with watched(model, self.statistics, self.source, policy if by_hook else "", share) as seen:
-            found = divergence(model, self.reference, self.windows, batch=8)
-        if seen is not None:
-            row["activation_share"] = seen()
+        if by_hook:
+            with hooked(model, self.statistics, self.source, policy, share) as counts:
+                found = divergence(model, self.reference, self.windows, batch=8)
+            row["activation_share"] = counts[0] / counts[1]
+        else:
+            with observed_shares(model) as shares:
+                found = divergence(model, self.reference, self.windows, batch=8)
+            if shares is not None:
+                row |= shares.figures() | {"activation_share": shares.share}
+            row |= energies(model, shares)
         return row | {
             "perplexity": found.model.perplexity,
             "kl": found.kl_mean,
@@ -145,15 +160,37 @@ HOOKED = {"amax": MagnitudeRule, "random": RandomRule}
 """Policies that no stored rule expresses: hooks round in their place."""
 
 
+def energies(model: PreTrainedModel, shares: ActivationShares | None) -> dict[str, Any]:
+    """Energy of the blocks' matrix products over all FP8, from what met what on the text.
+
+    Activations that no rule rounds count as FP8.
+    """
+    matrices = {
+        module.name: module.packed
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear) and any(p.isdigit() for p in module.name.split("."))
+    }
+    inputs: dict[str, str] = {}
+    met = {name: Activations.of_share(0.0, 1) for name in matrices}
+    if shares is not None:
+        for name, each in shares.layers.items():
+            inputs[name] = each.shared_with or name
+            formats = matrices[name].activation_formats
+            offered = tuple(4 if one == LOW else 8 for one in formats)
+            met[name] = Activations(each.tokens, each.low, offered)
+    work = Workload.of(matrices, met, inputs)
+    return {
+        "energy_calibrated": energy(work, calibrated_table()).relative,
+        "energy_synthesis": energy(work, SYNTHESIS).relative,
+        "energy_synthesis_table": SYNTHESIS.name,
+    }
+
+
 @contextmanager
-def watched(
+def hooked(
     model: PreTrainedModel, statistics: Statistics, source: Source, policy: str, share: float
-) -> Iterator[Any]:
-    """Yield what tells the realised share, of stored rules or of those put in here."""
-    if not policy:
-        with observed_shares(model) as shares:
-            yield None if shares is None else lambda: shares.share
-        return
+) -> Iterator[list[int]]:
+    """Round what every matrix reads by a rule that is not stored; yield [FP4 tiles, tiles]."""
     inputs = {
         f"{prefix}.{name}": found
         for index, prefix in enumerate(source.block_names)
@@ -167,7 +204,7 @@ def watched(
             rule = hooked_rule(policy, shared_input(inputs, source, name), threshold, share)
             handles.append(module.register_forward_pre_hook(rounding(rule, counts)))
     try:
-        yield lambda: counts[0] / max(1, counts[1])
+        yield counts
     finally:
         for handle in handles:
             handle.remove()
@@ -175,8 +212,6 @@ def watched(
 
 def shared_input(inputs: dict[str, InputScores], source: Source, name: str) -> InputScores:
     """Find the scores of the input that a matrix reads, stored under its first reader."""
-    from bitmosaic.pipeline.common import structures
-
     for index, prefix in enumerate(source.block_names):
         if name.startswith(f"{prefix}."):
             for group in structures(source).of(index, source.empty_block(index)).inputs:
