@@ -391,3 +391,22 @@ def test_all_fp8_takes_the_energy_that_all_is_measured_by(model: Case, tmp_path:
     plan = written_plan(model, tmp_path, 1.0)
     assert low_tiles(plan)[0] == 0
     assert plan.recipe["energy"]["relative_energy"] == 1.0
+
+
+def test_a_model_with_rules_survives_saving_and_casting(model: Case, tmp_path: Path) -> None:
+    network = load(run(model, "both", 0.6))
+    prompt = tokens(2, 16, seed=4)
+    expected = logits(network, prompt)
+    network.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved"), prompt), expected)
+    stored = {n: b for n, b in network.named_buffers() if n.endswith("activation_rule")}
+    copies = {name: buffer.clone() for name, buffer in stored.items()}
+    network.to(torch.bfloat16)
+    for name, buffer in network.named_buffers():
+        if name in copies:
+            assert torch.equal(buffer, copies[name])
+    assert len(copies) == 7 * len(model.source.block_names)
+    # The product itself is computed in float32 whatever the input's type.
+    x = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1)).bfloat16()
+    module = network.get_submodule("model.layers.0.self_attn.q_proj")
+    assert torch.equal(module(x), module(x.float()).bfloat16())
