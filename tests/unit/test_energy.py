@@ -499,29 +499,44 @@ def write(path: Path, entries: list[dict[str, object]]) -> Path:
 
 
 SYNTHESIS: list[dict[str, object]] = [
-    {"name": "dot16", "mode": "FP4xFP4", "energy_pj_per_tile": 130.0, "library": "osu018"},
+    {"unit": "dot16", "mode": "44", "data": "realistic", "picojoules": 130.0, "library": "osu018"},
+    {"unit": "dot16", "mode": "48", "data": "realistic", "picojoules": 170.0},
+    {"unit": "dot16", "mode": "84", "data": "realistic", "picojoules": 171},
+    {"unit": "dot16", "mode": "88", "data": "realistic", "picojoules": 250.0},
+    {"unit": "dot16", "mode": "mixed", "data": "realistic", "picojoules": 160.0},
+    {"unit": "dot16", "mode": "88", "data": "random", "picojoules": 300.0},
+    {"unit": "quantize16", "mode": "bf16", "data": "realistic", "picojoules": 40.0},
+    {"unit": "quantize16", "mode": "bf16", "data": "random", "picojoules": 50.0},
+    {"unit": "dot16", "area": 1.0},
+    {"unit": "dot16", "mode": "88", "mismatches": 0},
+]
+SPELLED: list[dict[str, object]] = [
+    {"name": "dot16", "mode": "FP4xFP4", "energy_pj_per_tile": 130.0},
     {"name": "dot16", "mode": "FP4xFP8", "energy_pj_per_tile": 170.0},
-    {"name": "dot16", "mode": "84", "energy_pj_per_tile": 171},
-    {"name": "dot16", "mode": "fp8-fp8", "energy_pj_per_tile": 250.0},
-    {"name": "quantize16", "mode": "quantize", "energy_pj_per_tile": 40.0},
-    {"name": "area", "area": 1.0},
-    {"name": "dot16", "mode": "idle", "energy_pj_per_tile": 1.0},
+    {"name": "dot16", "mode": "fp8-fp4", "energy_pj_per_tile": 171},
+    {"name": "dot16", "mode": "FP8×FP8", "energy_pj_per_tile": 250.0},
+    {"name": "activations", "mode": "quantize", "energy_pj_per_tile": 40.0},
 ]
 
 
-def test_the_table_of_our_synthesis_is_read(tmp_path: Path) -> None:
-    table = read_synthesis(write(tmp_path, SYNTHESIS))
+@pytest.mark.parametrize("entries", [SYNTHESIS, SPELLED])
+def test_the_table_of_our_synthesis_is_read(
+    tmp_path: Path, entries: list[dict[str, object]]
+) -> None:
+    table = read_synthesis(write(tmp_path, entries))
     assert [table.value(dot(mode)) for mode in MODES] == [130, 170, 171, 250]
     assert table.value("quantize") == 40
     assert table.left_out == ("weight byte", "activation byte")
-    assert "osu018" in table.rows[0].source
+    assert "dot16" in table.rows[0].source
     assert "not the paper's" in table.label
 
 
 def test_a_synthesis_must_be_whole_and_of_one_mind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\['84'\] are missing"):
         read_synthesis(write(tmp_path, SYNTHESIS[:2] + SYNTHESIS[3:]))
-    other = [entry | {"name": "other", "energy_pj_per_tile": 9} for entry in SYNTHESIS[:4]]
+    with pytest.raises(ValueError, match="are missing"):
+        read_synthesis(write(tmp_path, SYNTHESIS), data="random")
+    other = [entry | {"unit": "other", "picojoules": 9} for entry in SYNTHESIS[:4]]
     path = write(tmp_path, SYNTHESIS + other)
     with pytest.raises(ValueError, match=r"one energy for dot 44, not 130\.0 and 9\.0"):
         read_synthesis(path)
