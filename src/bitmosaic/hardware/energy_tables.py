@@ -105,48 +105,59 @@ def probe_table() -> Table:
     return Table("synthesis-osu018-probe", SYNTHESIS_LABEL, tuple(rows))
 
 
-def read_synthesis(path: Path, name: str | None = None) -> Table:
+def read_synthesis(path: Path, unit: str | None = None, data: str = "realistic") -> Table:
     """Read the table of our own synthesis from `benchmarks/results/hardware.json`.
 
-    Used are objects with `mode` and `energy_pj_per_tile`: modes with two digits of 4 and 8 in them,
-    weight first ("48", "FP4xFP8"), and the unit that quantizes ("quantize").  `name` picks among
-    objects of several names; without it they must not contradict each other.
+    Used are objects with `mode` and an energy in pJ for a tile (`picojoules`, or
+    `energy_pj_per_tile`): modes with two digits of 4 and 8 in them, weight first ("48",
+    "FP4xFP8"), and the unit that quantizes, known by its name.  Of energies measured on several
+    kinds of `data` one kind is taken.  `unit` picks among several dot products; without it they
+    must not contradict each other.
 
     Raises ValueError where a mode is missing or given twice.
     """
     found: dict[str, Row] = {}
     for entry in json.loads(path.read_text()):
-        key = _operation(entry)
-        if key is None or (name is not None and entry.get("name") != name and key != QUANTIZE):
+        key, value = _operation(entry), _picojoules(entry)
+        if key is None or value is None or entry.get("data", data) != data:
             continue
-        row = Row(key, float(entry["energy_pj_per_tile"]), "pJ", _source(entry, path))
+        if unit is not None and _unit(entry) != unit and key != QUANTIZE:
+            continue
+        row = Row(key, value, "pJ", _source(entry, path))
         if found.get(key, row).value != row.value:
             raise ValueError(
                 f"{path} must give one energy for {key}, not {found[key].value!r} and "
-                f"{row.value!r}. Name the unit to read, such as {entry.get('name')!r}."
+                f"{row.value!r}. Name the unit to read, such as {_unit(entry)!r}."
             )
         found[key] = row
     if missing := [mode for mode in MODES if dot(mode) not in found]:
         raise ValueError(
-            f"{path} must give energy_pj_per_tile for the modes {list(MODES)}; {missing} are "
+            f"{path} must give the energy of a tile for the modes {list(MODES)}; {missing} are "
             f"missing. Run make hardware."
         )
     return Table("synthesis-osu018", SYNTHESIS_LABEL, tuple(found.values()))
 
 
+def _unit(entry: dict[str, Any]) -> str:
+    return str(entry.get("unit") or entry.get("name") or "")
+
+
+def _picojoules(entry: dict[str, Any]) -> float | None:
+    value = entry.get("energy_pj_per_tile", entry.get("picojoules"))
+    return None if value is None else float(value)
+
+
 def _operation(entry: dict[str, Any]) -> str | None:
     """Tell which row an object gives, if any."""
-    if entry.get("energy_pj_per_tile") is None:
-        return None
-    text = f"{entry.get('mode', '')}".lower()
-    if "quant" in text or (not text and "quant" in str(entry.get("name", "")).lower()):
+    mode = str(entry.get("mode", "")).lower()
+    if "quant" in mode or "quant" in _unit(entry).lower():
         return QUANTIZE
-    digits = "".join(re.findall(r"[48]", text))
+    digits = "".join(re.findall(r"[48]", mode))
     return dot(digits) if digits in MODES else None
 
 
 def _source(entry: dict[str, Any], path: Path) -> str:
-    facts = [str(entry[key]) for key in ("name", "library", "flow") if entry.get(key)]
+    facts = [_unit(entry), *(str(entry[key]) for key in ("library", "data") if entry.get(key))]
     return ", ".join([f"synthesis of our own RTL ({path.name})", *facts])
 
 

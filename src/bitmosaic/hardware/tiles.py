@@ -18,7 +18,7 @@ from bitmosaic.formats import Format
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.formats.nvfp import GROUP as TILE
 from bitmosaic.formats.nvfp import MAGNITUDES
-from bitmosaic.tensor import QuantizedTensor, map_bits
+from bitmosaic.tensor import QuantizedTensor, drop_unused, map_bits, predict_bytes
 
 _E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
 
@@ -73,18 +73,35 @@ class Weights:
 
     @classmethod
     def of_tensor(cls, tensor: QuantizedTensor) -> Weights:
-        """Count the tiles of a packed weight; its bytes are those of the file."""
+        """Count the tiles of a packed weight; its bytes are those of the file.
+
+        A rule for activations that is stored beside it is not read with the weights.
+        """
         fp4 = torch.tensor([precision(fmt) == 4 for fmt in tensor.formats])
-        return cls._of_map(tensor.shape, tensor.tile, fp4, tensor.tile_formats(), tensor.nbytes)
+        nbytes = sum(
+            array.numel() * array.itemsize
+            for name, array in tensor.arrays().items()
+            if name != "activation_rule"
+        )
+        return cls._of_map(tensor.shape, tensor.tile, fp4, tensor.tile_formats(), nbytes)
 
     @classmethod
     def of_plan(cls, plan: LayerAllocation) -> Weights:
         """Count the tiles of an allocation; its bytes are those that the file will have."""
-        used = plan.tile_map.unique().tolist()
-        fp4 = torch.zeros(len(plan.formats), dtype=torch.bool)
-        for index in used:
-            fp4[index] = precision(formats.get(plan.formats[index])) == 4
-        return cls._of_map(plan.shape, plan.tile, fp4, plan.tile_map, plan.nbytes)
+        used, tile_map = drop_unused(plan.formats, plan.tile_map)
+        chosen = tuple(formats.get(name) for name in used)
+        nbytes = predict_bytes(
+            plan.shape,
+            plan.tile,
+            chosen,
+            tile_map,
+            in_permutation=plan.in_permutation is not None,
+            out_permutation=plan.out_permutation is not None,
+            outliers=plan.outliers,
+            outlier_format=plan.outlier_format,
+        )
+        fp4 = torch.tensor([precision(fmt) == 4 for fmt in chosen])
+        return cls._of_map(plan.shape, plan.tile, fp4, tile_map, nbytes)
 
     @classmethod
     def _of_map(
