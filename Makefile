@@ -7,7 +7,8 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format bench-quality bench-fgmp plot plot-energy energy-sweep bench-scale bench-scale-search bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format hardware bench-quality bench-fgmp plot plot-energy energy-sweep
+.PHONY: bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -94,6 +95,12 @@ else
 	$(BIN)/python benchmarks/kernel.py --json benchmarks/results/kernel.json $(ARGS); kernel=$$?; \
 	$(BIN)/python benchmarks/model.py --json benchmarks/results/model.json && exit $$kernel
 endif
+
+# The RTL of src/bitmosaic/hardware: vectors, gates, area, energy; some minutes.  Needs Debian packages, names those
+# that are missing, and installs nothing.
+hardware: export OMP_NUM_THREADS ?= 1
+hardware: $(STAMP)
+	$(BIN)/python tools/hardware.py --jobs $(WORKERS) $(ARGS)
 
 # Lines of Python by folder, so that growth is seen.
 size:
