@@ -8,13 +8,13 @@ from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, forward_quantize
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import bitmosaic
 from architectures import tiny
 from bitmosaic import checkpoint, formats
 from bitmosaic.activations import ActivationRule
-from bitmosaic.checkpoint import read_entries
 from bitmosaic.export.compressed_tensors import export
 from bitmosaic.formats import UnsupportedError
 from bitmosaic.formats.nvfp import NvfpFormat, public_reciprocal
@@ -51,6 +51,13 @@ def stored(directory):
     return checkpoint.read_tensors(directory / "model.safetensors")[0]
 
 
+def stored_types(directory):
+    """Type, as the file names it, and shape of each tensor."""
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+
+
 def library_config(directory):
     described = json.loads((directory / "config.json").read_text())["quantization_config"]
     return QuantizationConfig.model_validate(described)
@@ -63,23 +70,20 @@ def matrices(packed):
 @every_format
 def test_the_names_are_the_library_ones(exported, name):
     packed = checkpoint.open_packed(exported[name][0])
-    entries = read_entries(exported[name][1] / "model.safetensors")
-    keys = {NVFP4: ("weight_packed", "weight_scale", "weight_global_scale"),
-            FP8: ("weight", "weight_scale")}[name]  # fmt: skip
-    expected = {f"{module}.{key}" for module in matrices(packed) for key in keys}
-    assert entries.keys() == expected | {*packed.plain(), "model.embed_tokens.weight"}
+    found = stored_types(exported[name][1])
     out, width = packed.tensors["model.layers.0.mlp.up_proj"]["shape"]
-    found = {key: entries[f"model.layers.0.mlp.up_proj.{key}"] for key in keys}
-    shapes = {
-        "weight_packed": (torch.uint8, (out, width // 2)),
-        "weight_scale": (torch.float8_e4m3fn, (out, width // 16)),
-        "weight_global_scale": (torch.float32, (1,)),
-    } if name == NVFP4 else {
-        "weight": (torch.float8_e4m3fn, (out, width)),
-        "weight_scale": (torch.float32, (1,)),
-    }  # fmt: skip
-    assert {key: (each.dtype, each.shape) for key, each in found.items()} == shapes
-    assert entries["model.embed_tokens.weight"].dtype == torch.bfloat16
+    keys = {
+        NVFP4: {
+            "weight_packed": ("U8", [out, width // 2]),
+            "weight_scale": ("F8_E4M3", [out, width // 16]),
+            "weight_global_scale": ("F32", [1]),
+        },
+        FP8: {"weight": ("F8_E4M3", [out, width]), "weight_scale": ("F32", [1])},
+    }[name]
+    expected = {f"{module}.{key}" for module in matrices(packed) for key in keys}
+    assert found.keys() == expected | {*packed.plain(), "model.embed_tokens.weight"}
+    assert {key: found[f"model.layers.0.mlp.up_proj.{key}"] for key in keys} == keys
+    assert found["model.embed_tokens.weight"] == ("BF16", [4096, 256])
 
 
 @every_format
