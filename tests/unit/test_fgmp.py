@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import bitmosaic
 from architectures import tokens
@@ -15,6 +16,7 @@ from bitmosaic import evaluation, pipeline
 from bitmosaic.activations import HIGH, LOW
 from bitmosaic.allocation import Allocation, Budget, BudgetError, LayerAllocation
 from bitmosaic.api.energy import DEFAULT_TABLE, energy_table, workload
+from bitmosaic.cli import app
 from bitmosaic.evaluation.shares import observed_shares
 from bitmosaic.hardware.energy import energy as energy_of
 from bitmosaic.linear import QuantizedLinear
@@ -410,3 +412,12 @@ def test_a_model_with_rules_survives_saving_and_casting(model: Case, tmp_path: P
     x = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1)).bfloat16()
     module = network.get_submodule("model.layers.0.self_attn.q_proj")
     assert torch.equal(module(x), module(x.float()).bfloat16())
+
+
+def test_the_command_line_shows_shares_and_rules(model: Case, tmp_path: Path) -> None:
+    found = bitmosaic.inspect(run(model, "both", 0.6))
+    in_blocks = [each for each in found["matrices"] if each["in_block"]]
+    assert all(each["activations"] == [LOW, HIGH] for each in in_blocks)
+    assert all("activation_rule" in each["arrays"] for each in in_blocks)
+    shown = CliRunner().invoke(app, ["inspect", str(run(model, "both", 0.6))]).stdout
+    assert f"activations: rounded to {LOW} or {HIGH} before {len(in_blocks)} matrices" in shown

@@ -82,6 +82,7 @@ def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> d
         "bits_per_weight": 8 * sum(arrays.values()) / weights,
         "bytes": sum(arrays.values()),
         "arrays": arrays,
+        "activations": list(described.get("activations", [])),
     }
 
 
