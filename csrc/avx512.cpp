@@ -20,6 +20,7 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
 template <bool vbmi>
 void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
             float* y, uint8_t* scratch) {
+    if (m.strip_row != nullptr) return strips(m, begin, end, a, first, count, y, scratch);
     each_panel(
         m, begin, end, count, pass, y,
         [&](uint32_t p, float* own) { panel<vbmi>(m, p, a, first, count, pass, own, scratch); },

@@ -25,6 +25,11 @@
 //   acc    = sum over the cell's columns of (grid[code] - z) * x
 //   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1; no header: scale is)
 //
+// Strips, in both modes, by float activations; k are the kinds in order, a kind's tiles from left to right:
+//
+//   s      = sum over the row's tiles of kind k of (grid[code] * scale) * x
+//   y      = fma(s, factor, y)
+//
 // The zero point leaves each code first: z * sum(x) taken from the sum of code * x afterwards would
 // cancel most of it.
 #pragma once
@@ -45,7 +50,7 @@ struct Activations {
     const float* scale = nullptr;    // [blocks][tokens]: x ~ q * scale; NaN where the block is not finite
     const int32_t* sum = nullptr;    // [segments][tokens]: sum of q over the segment
     const float* x = nullptr;        // [tokens][stride] float; readable 64 bytes beyond the end
-    size_t stride = 0;               // floats between tokens of x: in, rounded up to 16
+    size_t stride = 0;               // floats between tokens of x; from in on 0, at least 16 more than in rounded up to 16
 };
 
 enum class Pass : uint8_t {
@@ -80,7 +85,7 @@ struct Level {
                    float scale, float* room, float* y);  // room: kTogether * length floats
 };
 
-constexpr size_t kScratch = 64 * 1024;
+constexpr size_t kScratch = 160 * 1024;
 constexpr int kTogether = 4;  // queries that `attend` takes at a time
 
 const Level& scalar_level();

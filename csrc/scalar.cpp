@@ -3,6 +3,7 @@
 // Layout: layout.h, read through cells.h. Arithmetic: kernels.h, line by line. Every other level is held to
 // this one. A cell is decoded once into `scratch`, [column][64 rows], so that the loops over rows
 // are of one instruction each and any compiler makes vectors of them; no roofline was aimed at.
+#include <algorithm>
 #include <cmath>
 
 #include "cells.h"
@@ -84,8 +85,40 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
     }
 }
 
+// A row of strips times tokens; y is the row's of the first one. `sums` has room for one a token.
+void strip_row(const Matrix& m, uint32_t row, const Activations& a, int first, int count, float* y, float* sums) {
+    Strip strips[2];
+    read_strips(m, row, strips);
+    for (uint32_t k = 0; k < m.strip_kinds; ++k) {
+        const StripKind& kind = m.strip_kind[k];
+        const float* grid = strip_grid(m, kind);
+        std::fill(sums, sums + count, 0.0f);
+        uint32_t place = 0;
+        for (uint32_t tile = 0; tile < m.strip_tiles; ++tile) {
+            if (!(tiles_of(m, strips, k, tile / 8) >> tile % 8 & 1)) continue;
+            const float scale = strip_scale(kind, strips[k], place);
+            float values[kStripTile];
+            for (int column = 0; column < kStripTile; ++column)
+                values[column] = grid[strip_code(kind, strips[k], place, column)] * scale;
+            for (int t = 0; t < count; ++t) {
+                const float* x = a.x + (first + t) * a.stride + tile * kStripTile;
+                for (int column = 0; column < kStripTile; ++column) sums[t] += values[column] * x[column];
+            }
+            ++place;
+        }
+        for (int t = 0; t < count; ++t) y[t * kRows] = std::fma(sums[t], kind.factor, y[t * kRows]);
+    }
+}
+
 void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
             float* y, uint8_t* scratch) {
+    if (m.strip_row != nullptr) {
+        for (uint32_t row = begin * kRows; row < std::min(end * kRows, m.out); ++row) {
+            float* own = y + (row / kRows - begin) * count * kRows + row % kRows;
+            strip_row(m, row, a, first, count, own, reinterpret_cast<float*>(scratch));
+        }
+        return;
+    }
     for (uint32_t p = begin; p < end; ++p, y += count * kRows) panel(m, p, a, first, count, pass, y, scratch);
 }
 
