@@ -16,7 +16,8 @@ struct Vectors {
     static BITMOSAIC_STRIPS_INLINE void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
     static BITMOSAIC_STRIPS_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 
-    static BITMOSAIC_STRIPS_INLINE float sum(__m512 v) {
+    static BITMOSAIC_STRIPS_INLINE float sum(const __m512* acc) {
+        const __m512 v = *acc;
         const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -40,30 +41,46 @@ struct Vectors {
     }
 
     struct Fours {
-        static constexpr int unit = 4, bytes = 32;
+        static constexpr int unit = 4, bytes = 32, steps = 1;
         __m512 values;
+
+        // Lane 8 b + 4 h + k takes byte 8 t + 2 k + b of half h.
+        static BITMOSAIC_STRIPS_INLINE __m512i places(int t) {
+            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7);
+            return _mm512_add_epi32(even, _mm512_set1_epi32(static_cast<int32_t>(0x80808000) + 8 * t));
+        }
 
         BITMOSAIC_STRIPS_INLINE explicit Fours(const float* grid) : values(_mm512_loadu_ps(grid)) {}
 
-        BITMOSAIC_STRIPS_INLINE void decode(const uint8_t* codes, const float* scales, __m512* w) const {
-            // Lane 8 b + 4 h + k takes byte 8 t + 2 k + b of half h; halves stand twice side by side.
+        template <class Take>
+        BITMOSAIC_STRIPS_INLINE void decode(int, const uint8_t* codes, const float* scales, Take take) const {
+            // Halves stand twice side by side.
             const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-            const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7);
-#pragma GCC unroll 2
-            for (int t = 0; t < 2; ++t) {
-                const __m512i place = _mm512_add_epi32(even, _mm512_set1_epi32(static_cast<int32_t>(0x80808000) + 8 * t));
-                const __m512i code = _mm512_shuffle_epi8(both, place);
-                w[t] = _mm512_mul_ps(_mm512_permutexvar_ps(code, values), _mm512_set1_ps(scales[t]));
-                w[2 + t] = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(code, 4), values),
-                                         _mm512_set1_ps(scales[2 + t]));
-            }
+            const __m512i first = _mm512_shuffle_epi8(both, places(0)), second = _mm512_shuffle_epi8(both, places(1));
+            const auto value = [&](__m512i code, int tile) __attribute__((always_inline)) {
+                return _mm512_mul_ps(_mm512_permutexvar_ps(code, values), _mm512_set1_ps(scales[tile]));
+            };
+            take(0, value(first, 0));
+            take(1, value(second, 1));
+            take(2, value(_mm512_srli_epi32(first, 4), 2));
+            take(3, value(_mm512_srli_epi32(second, 4), 3));
         }
     };
 
     struct Eights {
-        static constexpr int unit = 1, bytes = 16;
-        BITMOSAIC_STRIPS_INLINE void decode(const uint8_t* codes, const float*, __m512* w) const {
-            w[0] = _mm512_cvtph_ps(halves(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+        static constexpr int unit = 2, bytes = 32, steps = 1;
+        static constexpr float left_out = 256;
+
+        template <class Take>
+        BITMOSAIC_STRIPS_INLINE void decode(int, const uint8_t* codes, const float*, Take take) const {
+            // Byte 4 k + 2 t + b of half h becomes byte 4 (2 t + b) + k, and then the fours stand in order of t, b, h.
+            const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+            const __m256i by_four = _mm256_broadcastsi128_si256(
+                _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+            const __m256i both = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(all, by_four),
+                                                             _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            take(0, _mm512_cvtph_ps(halves(_mm256_castsi256_si128(both))));
+            take(1, _mm512_cvtph_ps(halves(_mm256_extracti128_si256(both, 1))));
         }
     };
 };

@@ -86,7 +86,7 @@ inline float cell_value(const Matrix& m, const Run& run, const Cell& cell, const
 }
 
 inline int strip_code(const StripKind& kind, const Strip& strip, uint32_t tile, int column) {
-    if (kind.bits == 8) return strip.codes[size_t{16} * tile + column];
+    if (kind.bits == 8) return strip.codes[byte_of(tile, column)];
     const Nibble place = nibble_of(tile, column);
     return strip.codes[place.byte] >> place.shift & 15;
 }

@@ -44,7 +44,8 @@
 //   kinds   the tiles of the first kind from left to right, then those of the second:
 //     4 bits  `count` scale bytes, filled up to a multiple of 8, then groups of four tiles, 32 bytes each: column
 //             8 b + 4 h + k of the group's tile 2 n + t is nibble n (0: low) of byte 16 h + 8 t + 2 k + b
-//     8 bits  16 bytes a tile
+//     8 bits  groups of two tiles, 32 bytes each: column 8 b + 4 h + k of the group's tile t is byte
+//             16 h + 4 k + 2 t + b
 //
 // Columns behind the last and tiles behind a group's last have the code nearest to zero; such tiles, scale bytes
 // of 0. Strips stand in order of their counts, so that neighbours are equally long: rows are reordered.

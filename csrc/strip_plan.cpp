@@ -84,7 +84,7 @@ public:
         for (size_t k = 0; k < strips_.kinds.size(); ++k) {  // the slots behind the last tile of a group
             uint8_t codes[kStripTile];
             std::memset(codes, grid(k).zero, sizeof codes);
-            while (strips_.kinds[k].bits == 4 && done[k] % 4) write(codes, k, done[k]++);
+            while (done[k] % (strips_.kinds[k].bits == 4 ? 4 : 2)) write(codes, k, done[k]++);
         }
     }
 
@@ -127,7 +127,7 @@ private:
 
     void write(const uint8_t* codes, size_t k, uint32_t place) {
         if (strips_.kinds[k].bits == 8) {
-            std::memcpy(codes_[k] + size_t{16} * place, codes, 16);
+            for (int column = 0; column < kStripTile; ++column) codes_[k][byte_of(place, column)] = codes[column];
             return;
         }
         for (int column = 0; column < kStripTile; ++column) {

@@ -19,7 +19,7 @@ static constexpr size_t fill8(size_t bytes) { return (bytes + 7) / 8 * 8; }
 
 // Bytes of `count` tiles of a kind.
 static constexpr size_t strip_bytes(int bits, uint32_t count) {
-    return bits == 4 ? fill8(count) + (count + 3) / 4 * 32 : size_t{16} * count;
+    return bits == 4 ? fill8(count) + (count + 3) / 4 * 32 : (count + 1) / 2 * 32;
 }
 
 static inline void read_strips(const Matrix& m, uint32_t row, Strip strips[2]) {
@@ -61,6 +61,11 @@ static constexpr Nibble nibble_of(uint32_t tile, int column) {
     const uint32_t slot = tile % 4;
     return {tile / 4 * 32 + size_t(column / 4 % 2) * 16 + slot % 2 * 8 + size_t(column % 4) * 2 + size_t(column / 8),
             static_cast<int>(slot / 2 * 4)};
+}
+
+// The same of a kind of 8 bits.
+static constexpr size_t byte_of(uint32_t tile, int column) {
+    return tile / 2 * 32 + size_t(column / 4 % 2) * 16 + size_t(column % 4) * 4 + tile % 2 * 2 + size_t(column / 8);
 }
 
 }  // namespace bitmosaic

@@ -2,13 +2,18 @@
 //
 // A row's tiles of one kind follow one another, whichever columns they are of; a list of these leads to the
 // activations. One token takes four rows at a time, whose sums hide each other's latency: an FMA takes four cycles,
-// and a row has one sum for all of its tiles of a kind. That, and the order of the tiles, is what several tokens
-// do alike, so that no result depends on the batch. They meet decoded tiles: sixteen rows' of 512 columns, 12
+// and a row has one sum (by AVX2 one of either half) for all of its tiles of a kind. That, and the order of the tiles, is
+// what several tokens do alike, so that no result depends on the batch. They meet decoded tiles: sixteen rows' of 512 columns, 12
 // tokens at a time, whose activations (24 KB) then stay in L1 while the rows pass by; sums wait in `scratch`.
 //
 // What `I` has: Vector, parts (vectors of a tile), zero, load, store, multiply_add, sum, expand (scale bytes to floats,
-// eight at a time) and two decoders, Fours and Eights; those have unit (tiles at a time), bytes (of a unit) and decode.
+// eight at a time) and two decoders, Fours and Eights; those have unit (tiles at a time), bytes (of a unit) and decode,
+// which
+// calls take(number, vector) for each vector of a unit, in as many steps as sums of several rows take turns.
 #pragma once
+
+#include <xmmintrin.h>
+#include <emmintrin.h>
 
 #include <cstring>
 
@@ -51,46 +56,52 @@ static BITMOSAIC_STRIPS_INLINE uint32_t list_tiles(const Matrix& m, const Strip 
     const bool other = strips[k].mask == nullptr && k > 0;
     const uint8_t* const mask = other ? strips[0].mask : strips[k].mask;
     const uint32_t flip = other ? 0xFF : 0;
-    uint32_t count = 0;
-    const auto add = [&](uint32_t byte, uint32_t bits) __attribute__((always_inline)) {
-        uint64_t places[2];
-        std::memcpy(places, kBitPlaces.of[bits], 16);
-        const uint64_t base = 0x0001000100010001u * (64 * uint64_t{byte});
-        places[0] += base;
-        places[1] += base;
-        std::memcpy(list + count, places, 16);
-        count += static_cast<uint32_t>(__builtin_popcount(bits));
+    __m128i base = _mm_set1_epi16(static_cast<int16_t>(64 * first));
+    uint16_t* next = list;
+    const auto add = [&](uint32_t bits) __attribute__((always_inline)) {
+        const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kBitPlaces.of[bits]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(next), _mm_add_epi16(places, base));
+        base = _mm_add_epi16(base, _mm_set1_epi16(64));
+        next += __builtin_popcount(bits);
     };
     const uint32_t end = first + bytes, whole = end < m.strip_tiles / 8 ? end : m.strip_tiles / 8;
-    for (uint32_t byte = first; byte < whole; ++byte) add(byte, mask == nullptr ? 0xFF : mask[byte] ^ flip);
-    if (whole < end && 8 * whole < m.strip_tiles) add(whole, tiles_of(m, strips, k, whole));
-    return count;
+    if (mask == nullptr) {
+        for (uint32_t byte = first; byte < whole; ++byte) add(0xFF);
+    } else {
+        for (uint32_t byte = first; byte < whole; ++byte) add(mask[byte] ^ flip);
+    }
+    if (whole < end) add(tiles_of(m, strips, k, whole));
+    return static_cast<uint32_t>(next - list);
 }
 
 // Decoders of grids that have no quick form.
 template <class I>
 struct AnyFours {
-    static constexpr int unit = 4, bytes = 32;
+    static constexpr int unit = 4, bytes = 32, steps = 1;
     const float* grid;
-    BITMOSAIC_STRIPS_INLINE void decode(const uint8_t* codes, const float* scales, typename I::Vector* w) const {
+    template <class Take>
+    BITMOSAIC_STRIPS_INLINE void decode(int, const uint8_t* codes, const float* scales, Take take) const {
         alignas(64) float values[4 * kStripTile];
         for (uint32_t tile = 0; tile < 4; ++tile)
             for (int column = 0; column < kStripTile; ++column) {
                 const Nibble place = nibble_of(tile, column);
                 values[kStripTile * tile + column] = grid[codes[place.byte] >> place.shift & 15] * scales[tile];
             }
-        for (int i = 0; i < 4 * I::parts; ++i) w[i] = I::load(values + kStripTile / I::parts * i);
+        for (int i = 0; i < 4 * I::parts; ++i) take(i, I::load(values + kStripTile / I::parts * i));
     }
 };
 
 template <class I>
 struct AnyEights {
-    static constexpr int unit = 1, bytes = 16;
+    static constexpr int unit = 2, bytes = 32, steps = 1;
     const float* grid;
-    BITMOSAIC_STRIPS_INLINE void decode(const uint8_t* codes, const float*, typename I::Vector* w) const {
-        alignas(64) float values[kStripTile];
-        for (int column = 0; column < kStripTile; ++column) values[column] = grid[codes[column]];
-        for (int i = 0; i < I::parts; ++i) w[i] = I::load(values + kStripTile / I::parts * i);
+    template <class Take>
+    BITMOSAIC_STRIPS_INLINE void decode(int, const uint8_t* codes, const float*, Take take) const {
+        alignas(64) float values[2 * kStripTile];
+        for (uint32_t tile = 0; tile < 2; ++tile)
+            for (int column = 0; column < kStripTile; ++column)
+                values[kStripTile * tile + column] = grid[codes[byte_of(tile, column)]];
+        for (int i = 0; i < 2 * I::parts; ++i) take(i, I::load(values + kStripTile / I::parts * i));
     }
 };
 
@@ -111,22 +122,21 @@ static BITMOSAIC_STRIPS_INLINE void with_decoder(const Matrix& m, uint32_t k, Us
     }
 }
 
-// What sums of a kind are to be multiplied by: `Eights` leaves out a power of two.
-static inline float unit_of(const StripKind& kind) { return kind.bits == 8 && kind.plain ? 256.0f : 1.0f; }
+// What sums of a kind are to be multiplied by: `Eights` may leave out a power of two.
+template <class I>
+static inline float unit_of(const StripKind& kind) {
+    return kind.bits == 8 && kind.plain ? I::Eights::left_out : 1.0f;
+}
 
-// acc += a unit of decoded tiles times x.
+// acc [parts] += a step of a unit's decoding times x.
 template <class I, class D>
-static BITMOSAIC_STRIPS_INLINE void add_unit(const D& decoder, const uint8_t* codes, const float* scales,
-                                             const uint16_t* list, const float* x, typename I::Vector& acc) {
-    typename I::Vector w[D::unit * I::parts];
-    decoder.decode(codes, scales, w);
-#pragma GCC unroll 8
-    for (int tile = 0; tile < D::unit; ++tile) {
-        const float* at = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + size_t{8} * list[tile]);
-#pragma GCC unroll 2
-        for (int i = 0; i < I::parts; ++i)
-            acc = I::multiply_add(w[I::parts * tile + i], I::load(at + kStripTile / I::parts * i), acc);
-    }
+static BITMOSAIC_STRIPS_INLINE void add_step(const D& decoder, int step, const uint8_t* codes, const float* scales,
+                                             const uint16_t* list, const char* x, typename I::Vector* acc) {
+    decoder.decode(step, codes, scales, [&](int i, typename I::Vector w) __attribute__((always_inline)) {
+        const int tile = i / I::parts, part = i % I::parts;
+        const char* at = x + size_t{8} * list[tile] + sizeof(typename I::Vector) * part;
+        acc[part] = I::multiply_add(w, I::load(reinterpret_cast<const float*>(at)), acc[part]);
+    });
 }
 
 // Lists and scales of the rows that one token takes together.
@@ -142,31 +152,43 @@ static BITMOSAIC_APART void one_token_kind(const D& decoder, const Matrix& m, ui
                                            const Strip (*strips)[2], int rows, const float* x, OneTokenRoom& room,
                                            float* sums) {
     uint32_t units[kRowsTogether] = {}, joint = rows == kRowsTogether ? UINT32_MAX : 0;
+    const uint8_t* codes[kRowsTogether] = {};
     for (int r = 0; r < rows; ++r) {
         const Strip& strip = strips[r][k];
         const uint32_t count = list_tiles(m, strips[r], k, 0, mask_bytes(m.strip_tiles), room.list[r]);
         for (uint32_t i = count; i < count + 3; ++i)  // behind the last column x is 0
             room.list[r][i] = static_cast<uint16_t>(8 * m.strip_tiles);
-        if (D::unit > 1) I::expand(strip.scales, count, m.strip_kind[k].powers, room.scale[r]);
+        if (D::unit > 2) I::expand(strip.scales, count, m.strip_kind[k].powers, room.scale[r]);
         units[r] = (count + D::unit - 1) / D::unit;
         joint = units[r] < joint ? units[r] : joint;
+        codes[r] = strip.codes;
     }
-    typename I::Vector acc[kRowsTogether];
+    typename I::Vector acc[kRowsTogether][I::parts];
+    const char* const start = reinterpret_cast<const char*>(x);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRowsTogether; ++r) acc[r] = I::zero();
-    const auto add = [&](int r, uint32_t i, typename I::Vector& sum) __attribute__((always_inline)) {
-        add_unit<I>(decoder, strips[r][k].codes + size_t{D::bytes} * i, room.scale[r] + D::unit * i,
-                    room.list[r] + D::unit * i, x, sum);
+    for (int r = 0; r < kRowsTogether; ++r)
+        for (int part = 0; part < I::parts; ++part) acc[r][part] = I::zero();
+    const auto add = [&](int step, int r, uint32_t i, typename I::Vector* sum) __attribute__((always_inline)) {
+        add_step<I>(decoder, step, codes[r] + size_t{D::bytes} * i, room.scale[r] + size_t{D::unit} * i,
+                    room.list[r] + size_t{D::unit} * i, start, sum);
     };
+    // Four rows are as many streams, each too short for the hardware to learn: the next rows are called for.
+    const size_t ahead = static_cast<size_t>(codes[rows - 1] - codes[0]) * kRowsTogether / (kRowsTogether - 1);
     for (uint32_t i = 0; i < joint; ++i) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kRowsTogether; ++r) add(r, i, acc[r]);
+        for (int r = 0; r < kRowsTogether; ++r)
+            _mm_prefetch(reinterpret_cast<const char*>(codes[r] + size_t{D::bytes} * i + ahead), _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int step = 0; step < D::steps; ++step)
+#pragma GCC unroll 4
+            for (int r = 0; r < kRowsTogether; ++r) add(step, r, i, acc[r]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRowsTogether; ++r) {
         if (r >= rows) break;
-        for (uint32_t i = joint; i < units[r]; ++i) add(r, i, acc[r]);
-        sums[r] = I::sum(acc[r]) * unit_of(m.strip_kind[k]);
+        for (uint32_t i = joint; i < units[r]; ++i)
+            for (int step = 0; step < D::steps; ++step) add(step, r, i, acc[r]);
+        sums[r] = I::sum(acc[r]) * unit_of<I>(m.strip_kind[k]);
     }
 }
 
@@ -190,30 +212,30 @@ static void one_token_strips(const Matrix& m, uint32_t p, const float* x, float*
     }
 }
 
-// acc [tokens] += decoded tiles times x, which is `stride` floats a token.
+// acc [parts][tokens] += decoded tiles times x, which is `stride` floats a token.
 template <class I, int tokens>
-static BITMOSAIC_APART void tokens_tile(const float* w, const uint16_t* list, uint32_t count, const float* x,
+static BITMOSAIC_APART void tokens_tile(const float* tiles, const uint16_t* list, uint32_t count, const float* x,
                                         size_t stride, float* acc) {
     using Vector = typename I::Vector;
     constexpr int lanes = kStripTile / I::parts;
-    Vector sum[tokens];
+    for (int part = 0; part < I::parts; ++part, tiles += lanes, x += lanes, acc += lanes * tokens) {
+        const float* w = tiles;
+        Vector sum[tokens];
 #pragma GCC unroll 12
-    for (int t = 0; t < tokens; ++t) sum[t] = I::load(acc + lanes * t);
-    for (uint32_t i = 0; i < count; ++i, w += kStripTile) {
-        // By threes: an address has a base and once or twice a stride.
-        const float* at[4];
-        at[0] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + size_t{8} * list[i]);
-        for (int third = 1; third < 4; ++third) at[third] = at[third - 1] + 3 * stride;
-#pragma GCC unroll 2
-        for (int part = 0; part < I::parts; ++part) {
-            const Vector value = I::load(w + lanes * part);
+        for (int t = 0; t < tokens; ++t) sum[t] = I::load(acc + lanes * t);
+        for (uint32_t i = 0; i < count; ++i, w += kStripTile) {
+            // By threes: an address has a base and once or twice a stride.
+            const float* at[4];
+            at[0] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + size_t{8} * list[i]);
+            for (int third = 1; third < 4; ++third) at[third] = at[third - 1] + 3 * stride;
+            const Vector value = I::load(w);
 #pragma GCC unroll 12
             for (int t = 0; t < tokens; ++t)
-                sum[t] = I::multiply_add(value, I::load(at[t / 3] + t % 3 * stride + lanes * part), sum[t]);
+                sum[t] = I::multiply_add(value, I::load(at[t / 3] + t % 3 * stride), sum[t]);
         }
-    }
 #pragma GCC unroll 12
-    for (int t = 0; t < tokens; ++t) I::store(acc + lanes * t, sum[t]);
+        for (int t = 0; t < tokens; ++t) I::store(acc + lanes * t, sum[t]);
+    }
 }
 
 template <class I>
@@ -229,7 +251,8 @@ static constexpr TokensTile<I> kTokensTiles[kTokensTogether] = {
 template <class I>
 struct TokensRoom {
     alignas(64) float decoded[kRowsDecoded][kMostDecoded][kStripTile];
-    alignas(64) float acc[kRowsDecoded][2][kMostTokens * kStripTile / I::parts];
+    // By groups of tokens: [parts][tokens of the group][lanes].
+    alignas(64) float acc[kRowsDecoded][2][kMostTokens * kStripTile];
     uint16_t list[kRowsDecoded][2][kChunkTiles + 8];
     Strip strips[kRowsDecoded][2];
     uint32_t done[kRowsDecoded][2];   // tiles of the chunks before
@@ -245,13 +268,15 @@ static BITMOSAIC_APART float* decode_chunk(const D& decoder, const Matrix& m, ui
     const uint32_t first = room.done[r][k] / D::unit, skip = room.done[r][k] % D::unit;
     const uint32_t units = (skip + room.count[r][k] + D::unit - 1) / D::unit;
     float scales[kMostDecoded + 8];
-    if (D::unit > 1) I::expand(strip.scales + D::unit * first, D::unit * units, m.strip_kind[k].powers, scales);
+    if (D::unit > 2) I::expand(strip.scales + D::unit * first, D::unit * units, m.strip_kind[k].powers, scales);
     room.w[r][k] = to + kStripTile * skip;
     for (uint32_t i = 0; i < units; ++i, to += kStripTile * D::unit) {
-        typename I::Vector w[D::unit * I::parts];
-        decoder.decode(strip.codes + size_t{D::bytes} * (first + i), scales + D::unit * i, w);
-#pragma GCC unroll 8
-        for (int part = 0; part < D::unit * I::parts; ++part) I::store(to + kStripTile / I::parts * part, w[part]);
+#pragma GCC unroll 2
+        for (int step = 0; step < D::steps; ++step)
+            decoder.decode(step, strip.codes + size_t{D::bytes} * (first + i), scales + D::unit * i,
+                           [&](int part, typename I::Vector w) __attribute__((always_inline)) {
+                               I::store(to + kStripTile / I::parts * part, w);
+                           });
     }
     return to;
 }
@@ -280,7 +305,7 @@ static void tokens_rows(const Matrix& m, uint32_t row, int rows, const float* x,
         read_strips(m, row + r, room.strips[r]);
         for (uint32_t k = 0; k < m.strip_kinds; ++k) {
             room.done[r][k] = 0;
-            std::memset(room.acc[r][k], 0, sizeof(float) * lanes * count);
+            std::memset(room.acc[r][k], 0, sizeof(float) * kStripTile * count);
         }
     }
     for (uint32_t chunk = 0; chunk * kChunkTiles < m.strip_tiles; ++chunk) {
@@ -291,13 +316,18 @@ static void tokens_rows(const Matrix& m, uint32_t row, int rows, const float* x,
                 for (uint32_t k = 0; k < m.strip_kinds; ++k)
                     if (room.count[r][k] != 0)
                         tile(room.w[r][k], room.list[r][k], room.count[r][k], x + t * stride, stride,
-                             room.acc[r][k] + lanes * t);
+                             room.acc[r][k] + kStripTile * t);
         }
     }
     for (int r = 0; r < rows; ++r)
         for (uint32_t k = 0; k < m.strip_kinds; ++k)
             for (int t = 0; t < count; ++t) {
-                const float sum = I::sum(I::load(room.acc[r][k] + lanes * t)) * unit_of(m.strip_kind[k]);
+                const int begin = t / kTokensTogether * kTokensTogether;
+                const int width = count - begin < kTokensTogether ? count - begin : kTokensTogether;
+                const float* acc = room.acc[r][k] + kStripTile * begin + lanes * (t - begin);
+                typename I::Vector sums[I::parts];
+                for (int part = 0; part < I::parts; ++part) sums[part] = I::load(acc + lanes * width * part);
+                const float sum = I::sum(sums) * unit_of<I>(m.strip_kind[k]);
                 y[t * kRows + r] = __builtin_fmaf(sum, m.strip_kind[k].factor, y[t * kRows + r]);
             }
 }
