@@ -212,30 +212,29 @@ static void one_token_strips(const Matrix& m, uint32_t p, const float* x, float*
     }
 }
 
-// acc [parts][tokens] += decoded tiles times x, which is `stride` floats a token.
+// acc [tokens] += one part of decoded tiles times the same of x, which is `stride` floats a token.
 template <class I, int tokens>
-static BITMOSAIC_APART void tokens_tile(const float* tiles, const uint16_t* list, uint32_t count, const float* x,
+static BITMOSAIC_APART void tokens_tile(const float* w, const uint16_t* list, uint32_t count, const float* x,
                                         size_t stride, float* acc) {
     using Vector = typename I::Vector;
     constexpr int lanes = kStripTile / I::parts;
-    for (int part = 0; part < I::parts; ++part, tiles += lanes, x += lanes, acc += lanes * tokens) {
-        const float* w = tiles;
-        Vector sum[tokens];
+    Vector sum[tokens];
 #pragma GCC unroll 12
-        for (int t = 0; t < tokens; ++t) sum[t] = I::load(acc + lanes * t);
-        for (uint32_t i = 0; i < count; ++i, w += kStripTile) {
-            // By threes: an address has a base and once or twice a stride.
-            const float* at[4];
-            at[0] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + size_t{8} * list[i]);
-            for (int third = 1; third < 4; ++third) at[third] = at[third - 1] + 3 * stride;
-            const Vector value = I::load(w);
+    for (int t = 0; t < tokens; ++t) sum[t] = I::load(acc + lanes * t);
+    for (uint32_t i = 0; i < count; ++i, w += kStripTile) {
+        // By threes: an address has a base and once or twice a stride.
+        const float* at[4];
+        at[0] = reinterpret_cast<const float*>(reinterpret_cast<const char*>(x) + size_t{8} * list[i]);
+        at[1] = at[0] + 3 * stride;
+        at[2] = at[1] + 3 * stride;
+        at[3] = at[2] + 3 * stride;
+        const Vector value = I::load(w);
 #pragma GCC unroll 12
-            for (int t = 0; t < tokens; ++t)
-                sum[t] = I::multiply_add(value, I::load(at[t / 3] + t % 3 * stride), sum[t]);
-        }
-#pragma GCC unroll 12
-        for (int t = 0; t < tokens; ++t) I::store(acc + lanes * t, sum[t]);
+        for (int t = 0; t < tokens; ++t)
+            sum[t] = I::multiply_add(value, I::load(at[t / 3] + t % 3 * stride), sum[t]);
     }
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; ++t) I::store(acc + lanes * t, sum[t]);
 }
 
 template <class I>
@@ -311,12 +310,14 @@ static void tokens_rows(const Matrix& m, uint32_t row, int rows, const float* x,
     for (uint32_t chunk = 0; chunk * kChunkTiles < m.strip_tiles; ++chunk) {
         decode_rows<I>(m, rows, chunk, room);
         for (int t = 0; t < count; t += kTokensTogether) {
-            const auto tile = kTokensTiles<I>[(count - t < kTokensTogether ? count - t : kTokensTogether) - 1];
+            const int width = count - t < kTokensTogether ? count - t : kTokensTogether;
+            const auto tile = kTokensTiles<I>[width - 1];
             for (int r = 0; r < rows; ++r)
                 for (uint32_t k = 0; k < m.strip_kinds; ++k)
-                    if (room.count[r][k] != 0)
-                        tile(room.w[r][k], room.list[r][k], room.count[r][k], x + t * stride, stride,
-                             room.acc[r][k] + kStripTile * t);
+                    for (int part = 0; part < I::parts && room.count[r][k] != 0; ++part)
+                        tile(room.w[r][k] + lanes * part, room.list[r][k], room.count[r][k],
+                             x + t * stride + lanes * part, stride,
+                             room.acc[r][k] + kStripTile * t + lanes * width * part);
         }
     }
     for (int r = 0; r < rows; ++r)
