@@ -82,6 +82,14 @@ struct Activated::Task {
         return level.quantize(scaled, columns, to);
     }
 
+    // The fill of the last tile is 0, for the rule as for the products: a NaN beside it spreads over the tile.
+    void round(size_t column, int columns, float* values) const {
+        const int end = (columns + kStripTile - 1) / kStripTile * kStripTile;
+        std::fill(values + columns, values + end, 0.0f);
+        level.round_tiles(m.rule, column, columns, values, nullptr);
+        std::fill(values + columns, values + end, 0.0f);
+    }
+
     // Columns of one block of `count` tokens from `first` on.
     void convert(uint32_t block, int first, int count) const {
         const size_t column = static_cast<size_t>(block) * kBlock;
@@ -94,6 +102,7 @@ struct Activated::Task {
             const bool direct = type == Scalar::f32 && m.column_of == nullptr && x == nullptr && sides == nullptr;
             const float* from = direct ? reinterpret_cast<const float*>(row) + column : values;
             if (!direct) to_float(row, type, m.column_of, column, columns, values);
+            if (m.rule.scale > 0) round(column, columns, values);
             const size_t entry = static_cast<size_t>(block) * tokens + t;
             if (q != nullptr) scale[entry] = quantize(from, column, columns, q + entry * kBlock);
             if (sides != nullptr && x != nullptr) std::copy(values, values + columns, local[t - first]);
@@ -127,7 +136,15 @@ struct Activated::Task {
 
 bool Activated::same(const Matrix& m, const void* x, Scalar type, int tokens, size_t bytes) const {
     return bytes == known_bytes_ && type == known_type_ && m.in == known_in_ && tokens == view_.tokens &&
+           same_rule(m) &&
            std::memcmp(x, known_x_.get(), bytes) == 0;
+}
+
+bool Activated::same_rule(const Matrix& m) const {
+    const ActivationRule &a = m.rule, &b = known_rule_;
+    if (a.scale != b.scale || a.threshold != b.threshold || a.low != b.low || a.high != b.high) return false;
+    return a.sensitivity == nullptr ||
+           std::equal(known_sensitivity_.begin(), known_sensitivity_.end(), a.sensitivity);
 }
 
 void Activated::remember(const Matrix& m, const void* x, Scalar type, size_t bytes) {
@@ -135,6 +152,9 @@ void Activated::remember(const Matrix& m, const void* x, Scalar type, size_t byt
     known_bytes_ = bytes;
     known_type_ = type;
     known_in_ = m.in;
+    known_rule_ = m.rule;
+    const float* const first = m.rule.sensitivity;
+    known_sensitivity_.assign(first, first == nullptr ? nullptr : first + m.in);
 }
 
 const Activations& Activated::operator()(const Matrix& m, const void* x, Scalar type, int tokens, Pass pass,

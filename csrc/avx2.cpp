@@ -112,7 +112,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panels, avx2::unpack_planes,
+    static const Level level{"avx2", avx2::quantize, avx2::round_tiles, avx2::panels, avx2::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }

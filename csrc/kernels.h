@@ -66,6 +66,18 @@ struct Level {
     // and 0; else scale = largest / 127 and q = nearest-even(x * (127 / largest)).
     float (*quantize)(const float* x, int columns, int8_t* q);
 
+    // Round a token's columns [column, column + columns) by a rule, `x` being the first of them: column and the
+    // room at x are multiples of 16, columns at most 128, the fill of the last tile 0 before and after. low, where it
+    // is not null, tells of each tile whether it became NVFP4. All in float, each operation rounded once:
+    //
+    //   u  = x * inverse, at most 2688 in magnitude; NaN stays
+    //   q4 = sign(u) * (0, .5, 1, 1.5, 2, 3, 4, 6 by comparing |u| with t * s, ties to even) * s, s being the E4M3
+    //        number next to max |u| / 6, from 2^-9 to 448; one NaN makes all 16 NaN
+    //   q8 = 6 * (the E4M3 number next to u / 6)
+    //   S  = sum of (q4 - q8)^2 * f: lane k + lane k + 8, then 4, 2 and 1 apart
+    //   x  = q4 where S <= threshold, else q8; with one format that one
+    void (*round_tiles)(const ActivationRule& rule, size_t column, int columns, float* x, uint8_t* low);
+
     // Add the products of panels [begin, end) with tokens [first, first + count) to y [panels][count][64],
     // which the caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte
     // aligned and has kScratch bytes. No outliers, no bias.

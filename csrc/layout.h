@@ -145,6 +145,15 @@ struct StripRow {
 constexpr int kStripTile = 16;             // columns of a strip's tile
 constexpr uint32_t kMostStripTiles = 4095;  // what kernels have room for
 
+// How a token's activations are rounded before they are multiplied, 16 columns at a time (round_tiles of kernels.h).
+struct ActivationRule {
+    float scale = 0;  // the unit of everything; 0: there is no rule
+    float inverse = 0;
+    float threshold = 0;
+    bool low = false, high = false;        // to NVFP4, to FP8; both: where S is above the threshold to FP8
+    const float* sensitivity = nullptr;    // [in, filled with 0 to a multiple of 128] where both
+};
+
 // Views into memory that a Storage owns; all arrays are read-only once packed.
 struct Matrix {
     uint32_t out = 0, in = 0;
@@ -173,6 +182,7 @@ struct Matrix {
     StripKind strip_kind[2] = {};
     uint32_t strip_kinds = 0;
     uint32_t strip_tiles = 0;             // of a row: ceil(in / 16)
+    ActivationRule rule;
     const int32_t* column_of = nullptr;   // stored column -> column of x; null when in order
     const int32_t* row_of = nullptr;      // stored row [out] -> row of y; null when in order
     const int32_t* stored_row = nullptr;  // row of y [out] -> stored row, for `rows`; null when in order

@@ -31,7 +31,7 @@ struct Arrays {
     int32_t *column_of, *row_of, *stored_row;
     uint32_t* outlier_end;
     uint16_t* outlier_column;
-    float *outlier_delta, *outlier_value;
+    float *outlier_delta, *outlier_value, *sensitivity;
     uint8_t* data;
     size_t bytes;  // of all
 };
@@ -66,6 +66,7 @@ Arrays lay_out(const Plan& plan, uint8_t* base) {
     lay(a.outlier_column, outliers);
     lay(a.outlier_delta, outliers);
     lay(a.outlier_value, outliers);
+    lay(a.sensitivity, file.sensitivity.size());
     lay(a.data, plan.data_bytes + kReadable);
     a.bytes = end;
     return a;
@@ -117,6 +118,7 @@ private:
         std::copy(plan.segments.begin(), plan.segments.end(), arrays_.segment);
         std::copy(plan.grids.small_tables.begin(), plan.grids.small_tables.end(), arrays_.small_table);
         std::copy(plan.grids.wide_tables.begin(), plan.grids.wide_tables.end(), arrays_.wide_table);
+        std::copy(plan.file.sensitivity.begin(), plan.file.sensitivity.end(), arrays_.sensitivity);
         const Channels& channels = plan.channels;
         std::copy(channels.scale.begin(), channels.scale.end(), arrays_.channel_scale);
         std::copy(channels.value.begin(), channels.value.end(), arrays_.channel_value);
@@ -163,6 +165,8 @@ private:
         matrix_.strip_kinds = static_cast<uint32_t>(plan.strips.kinds.size());
         std::copy(plan.strips.kinds.begin(), plan.strips.kinds.end(), matrix_.strip_kind);
         matrix_.strip_tiles = plan.strips.tiles;
+        matrix_.rule = file.rule;
+        matrix_.rule.sensitivity = arrays_.sensitivity;
         matrix_.column_of = arrays_.column_of;
         matrix_.row_of = arrays_.row_of;
         matrix_.stored_row = arrays_.stored_row;

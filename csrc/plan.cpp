@@ -241,6 +241,8 @@ std::string Plan::cut() {
         return data_bytes + cells.size() * sizeof(Cell) + grids.wide_tables.size() * sizeof(WideTable) +
                    beside <= most;
     };
+    if (by_channel && file.rule.scale > 0)
+        return "Columns with grids of their own have no place beside rounded activations.";
     const std::string too_large = "Tiles of " + std::to_string(file.tile_rows) + "x" +
                                   std::to_string(file.tile_columns) +
                                   " cut into cells of 64 rows would take more than three times the " +
