@@ -165,6 +165,12 @@ class CpuBackend(Backend):
             return product
         return _linear_op(x, bias, prepared.handle, prepared.out, int8)
 
+    def round_activations(self, x: Tensor, rule: ActivationRule) -> Rounded:
+        """Round natively where that is built."""
+        if _MISSING is not None or x.device.type != "cpu":
+            return super().round_activations(x, rule)
+        return round_activations(x, rule)
+
     def rows(self, prepared: Prepared, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode the rows asked for, and nothing else."""
         native = dtype if dtype in _TYPES else torch.float32
