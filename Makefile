@@ -7,7 +7,8 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format hardware bench-quality plot bench-scale bench-scale-search bench-cpu size clean
+.PHONY: FORCE setup demo test sanitize check format hardware bench-quality bench-fgmp plot plot-energy energy-sweep
+.PHONY: bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,16 @@ bench-quality: $(STAMP)
 plot: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
 	$(BIN)/python benchmarks/plot.py benchmarks/results/quality.json docs/quality.svg
+
+plot-energy: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt matplotlib
+	$(BIN)/python benchmarks/energy_plot.py benchmarks/results/fgmp.json docs/fgmp.svg
+
+bench-fgmp: $(STAMP)
+	$(BIN)/python benchmarks/fgmp.py --json benchmarks/results/fgmp.json $(ARGS)
+
+energy-sweep: $(STAMP)
+	$(BIN)/python benchmarks/energy_sweep.py --json benchmarks/results/energy_sweep.json $(ARGS)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bitmosaic import formats
 from bitmosaic.formats import SCALE_DTYPES
-from bitmosaic.tensor import QuantizedTensor, map_bits, store_indices
+from bitmosaic.stored import map_bits, store_indices
+from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import Section, grid_shape, pack_planes, sections
 
 TILE = (64, 128)

@@ -28,7 +28,7 @@ from bitmosaic import rounding
 from bitmosaic.allocation import Allocation, LayerAllocation, TileCosts
 from bitmosaic.methods.base import BlockScores
 from bitmosaic.methods.sfmp import Sfmp
-from bitmosaic.pipeline.allocate import load_scores, save_scores
+from bitmosaic.pipeline.score_files import load_scores, save_scores
 from bitmosaic.tiling import grid_shape
 from figures import figure, finish
 

@@ -47,6 +47,7 @@ public:
 
 private:
     struct Task;
+    bool same_rule(const Matrix& m) const;
     bool same(const Matrix& m, const void* x, Scalar type, int tokens, size_t bytes) const;
     void remember(const Matrix& m, const void* x, Scalar type, size_t bytes);
 
@@ -59,6 +60,8 @@ private:
     size_t known_bytes_ = 0;  // of x; 0: nothing is known
     Scalar known_type_ = Scalar::f32;
     uint32_t known_in_ = 0;
+    ActivationRule known_rule_;
+    std::vector<float> known_sensitivity_;
     bool has_q_ = false, has_x_ = false, has_sides_ = false;
     Buffer<uint8_t> known_x_;
     std::vector<Segment> known_segments_;  // those of sum_

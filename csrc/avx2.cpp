@@ -17,6 +17,7 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
 
 void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
             float* y, uint8_t* scratch) {
+    if (m.strip_row != nullptr) return strips(m, begin, end, a, first, count, y, scratch);
     each_panel(
         m, begin, end, count, pass, y,
         [&](uint32_t p, float* own) { panel(m, p, a, first, count, pass, own, scratch); },
@@ -111,7 +112,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx2
 
 const Level* avx2_level() {
-    static const Level level{"avx2", avx2::quantize, avx2::panels, avx2::unpack_planes,
+    static const Level level{"avx2", avx2::quantize, avx2::round_tiles, avx2::panels, avx2::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }

@@ -194,5 +194,8 @@ void tokens_channels(const Matrix& m, const Run& run, Place& place, int panels, 
                      int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
+void round_tiles(const ActivationRule& rule, size_t column, int columns, float* x, uint8_t* low);
+void strips(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, float* y,
+            uint8_t* scratch);
 
 }  // namespace bitmosaic::avx2

@@ -3,6 +3,10 @@
 #include "step_math.h"
 
 namespace bitmosaic {
+namespace avx2 {
+void round_tiles(const ActivationRule& rule, size_t column, int columns, float* x, uint8_t* low);
+}
+
 namespace avx512 {
 namespace {
 
@@ -20,6 +24,7 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
 template <bool vbmi>
 void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
             float* y, uint8_t* scratch) {
+    if (m.strip_row != nullptr) return strips(m, begin, end, a, first, count, y, scratch);
     each_panel(
         m, begin, end, count, pass, y,
         [&](uint32_t p, float* own) { panel<vbmi>(m, p, a, first, count, pass, own, scratch); },
@@ -89,13 +94,13 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace avx512
 
 const Level* avx512_level() {
-    static const Level level{"avx512", avx512::quantize, avx512::panels<false>, avx512::unpack_planes,
+    static const Level level{"avx512", avx512::quantize, avx2::round_tiles, avx512::panels<false>, avx512::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }
 
 const Level* avx512vbmi_level() {
-    static const Level level{"avx512vbmi", avx512::quantize, avx512::panels<true>, avx512::unpack_planes,
+    static const Level level{"avx512vbmi", avx512::quantize, avx2::round_tiles, avx512::panels<true>, avx512::unpack_planes,
                              normalize, gate, attend};
     return &level;
 }

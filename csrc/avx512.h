@@ -167,5 +167,7 @@ void tokens_channels(const Matrix& m, const Run& run, bool vbmi, Place& place, i
                      int first, int count, float* y, uint8_t* scratch);
 void float_run(const Matrix& m, const Run& run, Place& place, const Activations& a, int first, int count,
                float* y, uint8_t* scratch);
+void strips(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, float* y,
+            uint8_t* scratch);
 
 }  // namespace bitmosaic::avx512

@@ -15,6 +15,7 @@
 #include <unistd.h>
 #endif
 
+#include "rounded.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -94,6 +95,9 @@ FileTensor tensor_of(const nb::dict& given) {
     take("outlier_values", tensor.outlier_values);
     take("outlier_columns", tensor.outlier_columns);
     take("outlier_counts", tensor.outlier_counts);
+    take("activation_rule", tensor.activation_rule);
+    tensor.activation_low = nb::cast<bool>(given["activation_low"]);
+    tensor.activation_high = nb::cast<bool>(given["activation_high"]);
     return tensor;
 }
 
@@ -143,6 +147,33 @@ void run_rows(size_t handle, uintptr_t indices, int64_t count, int64_t width, in
     const Scalar scalar = scalar_type(type);
     nb::gil_scoped_release unlocked;
     rows(m, reinterpret_cast<const int64_t*>(indices), count, scalar, reinterpret_cast<void*>(y), threads);
+}
+
+// Round x [tokens, width] by a rule; returns how many values were infinite, and how many beyond the range.
+nb::tuple run_round(uintptr_t x, int type, int64_t tokens, int64_t width, const nb::dict& rule, uintptr_t g,
+                    uintptr_t low, int threads) {
+    Rounding rounding{{}, reinterpret_cast<const void*>(x), scalar_type(type), tokens, width,
+                      reinterpret_cast<float*>(g), reinterpret_cast<uint8_t*>(low)};
+    ActivationRule& to = rounding.rule;
+    to.scale = nb::cast<float>(rule["scale"]);
+    to.inverse = 1.0f / to.scale;
+    to.threshold = nb::cast<float>(rule["threshold"]);
+    to.low = nb::cast<bool>(rule["low"]);
+    to.high = nb::cast<bool>(rule["high"]);
+    std::vector<float> sensitivity(static_cast<size_t>(width + kBlock) / kBlock * kBlock);
+    if (!rule["sensitivity"].is_none()) {
+        const auto pair = nb::cast<nb::tuple>(rule["sensitivity"]);
+        expect("sensitivities", nb::cast<int64_t>(pair[1]), width);
+        const auto* from = reinterpret_cast<const float*>(nb::cast<uintptr_t>(pair[0]));
+        std::copy(from, from + width, sensitivity.begin());
+    }
+    to.sensitivity = sensitivity.data();
+    Counts counts;
+    {
+        nb::gil_scoped_release unlocked;
+        counts = round_activations(rounding, threads);
+    }
+    return nb::make_tuple(counts.infinite, counts.clipped);
 }
 
 const float* floats(nb::handle given, int64_t count, const char* what) {  // (address, count), or None
@@ -270,6 +301,8 @@ NB_MODULE(_cpu, m) {
           nb::arg("threads"));
     m.def("rows", &run_rows, nb::arg("handle"), nb::arg("indices"), nb::arg("count"), nb::arg("width"),
           nb::arg("type"), nb::arg("y"), nb::arg("threads"));
+    m.def("round", &run_round, nb::arg("x"), nb::arg("type"), nb::arg("tokens"), nb::arg("width"), nb::arg("rule"),
+          nb::arg("g"), nb::arg("low"), nb::arg("threads"));
     nb::class_<Decoder>(m, "Decoder")
         .def("set_cache", &set_cache, nb::arg("keys"), nb::arg("values"), nb::arg("room"))
         .def("step", &run_step, nb::arg("embedding"), nb::arg("cosine"), nb::arg("sine"), nb::arg("length"),

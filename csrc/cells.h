@@ -1,8 +1,9 @@
-// How to read a cell, field by field: the definition of layout.h in code, for those who need no speed.
+// How to read a cell or a strip, field by field: the definition of layout.h in code, for those who need no speed.
 #pragma once
 
-#include "layout.h"
 #include "floats.h"
+#include "numbers.h"
+#include "strips.h"
 
 namespace bitmosaic {
 
@@ -82,6 +83,21 @@ inline float cell_value(const Matrix& m, const Run& run, const Cell& cell, const
     if (run.kind == Kind::table)
         return m.small_table[cell.table].value[quad_code(codes, run.bits, length, row, column)];
     return column_value(codes, run.kind, m.wide_table + cell.table, row, column);
+}
+
+inline int strip_code(const StripKind& kind, const Strip& strip, uint32_t tile, int column) {
+    if (kind.bits == 8) return strip.codes[byte_of(tile, column)];
+    const Nibble place = nibble_of(tile, column);
+    return strip.codes[place.byte] >> place.shift & 15;
+}
+
+inline float strip_scale(const StripKind& kind, const Strip& strip, uint32_t tile) {
+    if (kind.bits == 8) return 1.0f;
+    return kind.powers ? e8m0_to_float(strip.scales[tile]) : e4m3_to_float(strip.scales[tile]);
+}
+
+inline const float* strip_grid(const Matrix& m, const StripKind& kind) {
+    return kind.bits == 4 ? m.small_table[kind.table].value : m.wide_table[kind.table].value;
 }
 
 }  // namespace bitmosaic

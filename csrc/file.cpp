@@ -84,10 +84,11 @@ File::File(const FileTensor& tensor) : source(tensor) {
     lay_sections();
     read_permutations();
     read_outliers();
+    read_rule();
     for (const Bytes* array :
          {&source.codes, &source.scales, &source.zero_points, &source.grids, &source.tile_map,
           &source.in_permutation, &source.out_permutation, &source.outlier_values, &source.outlier_columns,
-          &source.outlier_counts})
+          &source.outlier_counts, &source.activation_rule})
         bytes += array->size;
 }
 
@@ -201,6 +202,27 @@ void File::read_outliers() {
         if (!std::isfinite(read_number(type, source.outlier_values.data + i * item_bytes(type))))
             refuse("Outlier values", "finite", "infinite or NaN");
     if (!count) outlier_start.clear();
+}
+
+void File::read_rule() {
+    rule.low = source.activation_low;
+    rule.high = source.activation_high;
+    const bool two = rule.low && rule.high;
+    check_size("The activation rule", source.activation_rule, two ? uint64_t{8} + in : rule.low || rule.high ? 4 : 0);
+    if (!rule.low && !rule.high) return;
+    rule.scale = load_as<float>(source.activation_rule.data);
+    rule.inverse = 1.0f / rule.scale;
+    if (!std::isfinite(rule.scale) || !(rule.scale > 0) || !std::isfinite(rule.inverse))
+        refuse("The tensor scale of activations", "positive and finite, as its reciprocal", std::to_string(rule.scale));
+    if (!two) return;
+    rule.threshold = load_as<float>(source.activation_rule.data + 4);
+    if (std::isnan(rule.threshold)) refuse("The threshold of activations", "a number", "NaN");
+    sensitivity.assign((in + size_t{kBlock} - 1) / kBlock * kBlock, 0.0f);
+    for (uint32_t i = 0; i < in; ++i) {
+        const uint8_t code = source.activation_rule.data[8 + i];
+        if (code >= 0x7F) refuse("A sensitivity", "finite and not negative", std::to_string(code));
+        sensitivity[i] = e4m3_to_float(code);
+    }
 }
 
 Tile File::tile(uint32_t tile_row, uint32_t tile_column) const {

@@ -56,6 +56,8 @@ public:
     std::vector<uint32_t> column_of, row_of;   // the permutations; empty when in order
     std::vector<uint32_t> outlier_start;       // [out + 1], by original row; empty where there are none
     std::vector<uint32_t> outlier_columns;     // in original order
+    ActivationRule rule;                       // without sensitivities
+    std::vector<float> sensitivity;            // as ActivationRule has them; empty with less than two formats
 
 private:
     void read_shape();
@@ -63,6 +65,7 @@ private:
     void lay_sections();
     void read_permutations();
     void read_outliers();
+    void read_rule();
 
     std::vector<uint8_t> format_of_;  // by tile; empty where there is one format
     std::vector<uint32_t> rank_of_;

@@ -23,6 +23,7 @@ public:
     }
 
     void fill() {
+        if (!plan_.strips.kinds.empty()) return fill_strips(to_, panel_);
         uint8_t* first = to_.data + plan_.panels[panel_].offset;  // of cells abreast
         const uint32_t index = panel_ % plan_.abreast;
         const uint32_t abreast = std::min(plan_.abreast, file_.panels - (panel_ - index));

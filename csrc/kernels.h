@@ -25,6 +25,11 @@
 //   acc    = sum over the cell's columns of (grid[code] - z) * x
 //   y      = fma(acc * scale, factor, y)                  (single: scale and factor are 1; no header: scale is)
 //
+// Strips, in both modes, by float activations; k are the kinds in order, a kind's tiles from left to right:
+//
+//   s      = sum over the row's tiles of kind k of (grid[code] * scale) * x
+//   y      = fma(s, factor, y)
+//
 // The zero point leaves each code first: z * sum(x) taken from the sum of code * x afterwards would
 // cancel most of it.
 #pragma once
@@ -45,7 +50,7 @@ struct Activations {
     const float* scale = nullptr;    // [blocks][tokens]: x ~ q * scale; NaN where the block is not finite
     const int32_t* sum = nullptr;    // [segments][tokens]: sum of q over the segment
     const float* x = nullptr;        // [tokens][stride] float; readable 64 bytes beyond the end
-    size_t stride = 0;               // floats between tokens of x: in, rounded up to 16
+    size_t stride = 0;               // floats between tokens of x; from in on 0, at least 16 more than in rounded up to 16
 };
 
 enum class Pass : uint8_t {
@@ -60,6 +65,18 @@ struct Level {
     // x is float in stored order. largest = max |x|; not finite -> q = 0 and NaN; below 2^-100 -> q = 0
     // and 0; else scale = largest / 127 and q = nearest-even(x * (127 / largest)).
     float (*quantize)(const float* x, int columns, int8_t* q);
+
+    // Round a token's columns [column, column + columns) by a rule, `x` being the first of them: column and the
+    // room at x are multiples of 16, columns at most 128, the fill of the last tile 0 before and after. low, where it
+    // is not null, tells of each tile whether it became NVFP4. All in float, each operation rounded once:
+    //
+    //   u  = x * inverse, at most 2688 in magnitude; NaN stays
+    //   q4 = sign(u) * (0, .5, 1, 1.5, 2, 3, 4, 6 by comparing |u| with t * s, ties to even) * s, s being the E4M3
+    //        number next to max |u| / 6, from 2^-9 to 448; one NaN makes all 16 NaN
+    //   q8 = 6 * (the E4M3 number next to u / 6)
+    //   S  = sum of (q4 - q8)^2 * f: lane k + lane k + 8, then 4, 2 and 1 apart
+    //   x  = q4 where S <= threshold, else q8; with one format that one
+    void (*round_tiles)(const ActivationRule& rule, size_t column, int columns, float* x, uint8_t* low);
 
     // Add the products of panels [begin, end) with tokens [first, first + count) to y [panels][count][64],
     // which the caller has set to 0. count == 1 takes the form for one token. `scratch` is 64-byte
@@ -80,7 +97,7 @@ struct Level {
                    float scale, float* room, float* y);  // room: kTogether * length floats
 };
 
-constexpr size_t kScratch = 64 * 1024;
+constexpr size_t kScratch = 160 * 1024;
 constexpr int kTogether = 4;  // queries that `attend` takes at a time
 
 const Level& scalar_level();

@@ -35,6 +35,21 @@
 // Codes of the *column* kinds (wide table, wide channel table, half, bfloat, single): column by column, the
 // 64 rows of a column side by side, 1, 1, 2, 2 or 4 bytes each, without fill.
 //
+// Where tiles of 16 columns have formats of their own, row by row, a panel has no cells. Such a matrix is made of
+// *strips*, a row each, from StripRow::place on (in units of 8 bytes). Its one or two formats are its *kinds*;
+// what is neither is pruned. A strip is about as long as its part of the file:
+//
+//   masks   one bit a tile, from bit 0 of byte 0 on, (tiles + 7) / 8 bytes for each kind that is `masked`; the
+//           last kind is not where no tile is pruned: it has the tiles that are left. Filled up to 8 bytes
+//   kinds   the tiles of the first kind from left to right, then those of the second:
+//     4 bits  `count` scale bytes, filled up to a multiple of 8, then groups of four tiles, 32 bytes each: column
+//             8 b + 4 h + k of the group's tile 2 n + t is nibble n (0: low) of byte 16 h + 8 t + 2 k + b
+//     8 bits  groups of two tiles, 32 bytes each: column 8 b + 4 h + k of the group's tile t is byte
+//             16 h + 4 k + 2 t + b
+//
+// Columns behind the last and tiles behind a group's last have the code nearest to zero; such tiles, scale bytes
+// of 0. Strips stand in order of their counts, so that neighbours are equally long: rows are reordered.
+//
 // A value is (grid[code] - zero_point) * scale * factor, factor being the tensor scale of the cell's
 // format; a single-precision cell holds the value itself (scale and factor are 1). Where there is no
 // header the scale is 1 and the zero point 0.
@@ -112,6 +127,33 @@ struct WideTable {
     uint32_t unused[15];
 };
 
+// A format of strips.
+struct StripKind {
+    float factor;    // tensor scale
+    uint32_t table;  // small table of 4 bits, wide table of 8
+    uint8_t bits;    // 4, with a scale a tile, or 8, without
+    bool masked;
+    bool powers;     // scale bytes are e8m0, not e4m3
+    bool plain;      // 4 bits: all values are bfloat16 numbers; 8 bits: the grid is E4M3
+};
+
+struct StripRow {
+    uint32_t place;     // 8 * place: where it begins in Matrix::data
+    uint16_t count[2];  // tiles of each kind
+};
+
+constexpr int kStripTile = 16;             // columns of a strip's tile
+constexpr uint32_t kMostStripTiles = 4095;  // what kernels have room for
+
+// How a token's activations are rounded before they are multiplied, 16 columns at a time (round_tiles of kernels.h).
+struct ActivationRule {
+    float scale = 0;  // the unit of everything; 0: there is no rule
+    float inverse = 0;
+    float threshold = 0;
+    bool low = false, high = false;        // to NVFP4, to FP8; both: where S is above the threshold to FP8
+    const float* sensitivity = nullptr;    // [in, filled with 0 to a multiple of 128] where both
+};
+
 // Views into memory that a Storage owns; all arrays are read-only once packed.
 struct Matrix {
     uint32_t out = 0, in = 0;
@@ -135,6 +177,12 @@ struct Matrix {
     // round(value / step) + 128 of channel_table cells, from byte 64 * Cell::table on: quad by quad the
     // tables of four columns, 2^bits bytes each; the fill's are all 0, which adds nothing.
     const uint8_t* channel_codes = nullptr;   // 64-byte aligned; readable 64 bytes beyond the end
+    // Of a matrix of strips, else null.
+    const StripRow* strip_row = nullptr;  // [out + 1] by stored row
+    StripKind strip_kind[2] = {};
+    uint32_t strip_kinds = 0;
+    uint32_t strip_tiles = 0;             // of a row: ceil(in / 16)
+    ActivationRule rule;
     const int32_t* column_of = nullptr;   // stored column -> column of x; null when in order
     const int32_t* row_of = nullptr;      // stored row [out] -> row of y; null when in order
     const int32_t* stored_row = nullptr;  // row of y [out] -> stored row, for `rows`; null when in order

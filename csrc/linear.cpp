@@ -79,9 +79,11 @@ uint32_t first_panel(const Call& call, const Part& part, int group) {
     return low;
 }
 
-// Add the bias and write `count` tokens of a panel in the type and the order of y.
+// Multiply by the unit of rounded activations, add the bias and write `count` tokens of a panel in the type and the order of y.
 template <class Type>
 void finish(const Part& part, uint32_t panel, int first, int count, float* sums) {
+    const float unit = part.m.rule.scale;
+    for (int i = 0; unit > 0 && i < count * kRows; ++i) sums[i] *= unit;
     using T = typename Type::Stored;
     const size_t row = static_cast<size_t>(panel) * kRows, out = part.m.out;
     const int rows = static_cast<int>(std::min<size_t>(kRows, out - row));
@@ -156,8 +158,19 @@ void run_slab(const std::vector<Part>& all, Scalar type, Pass pass, int threads)
     parallel(call.groups * call.parts, threads, run_chunk, &call);
 }
 
+// What a matrix makes of a wish for integers: strips and rounded activations are multiplied as floats.
+Pass pass_of(const Matrix& m, Pass pass) {
+    return m.strip_row != nullptr || m.rule.scale > 0 ? Pass::exact : pass;
+}
+
 bool same_segments(const Matrix& a, const Matrix& b) {
     return a.segments == b.segments && std::equal(a.segment, a.segment + a.segments, b.segment, same_segment);
+}
+
+bool same_rule(const Matrix& a, const Matrix& b) {
+    const ActivationRule &r = a.rule, &s = b.rule;
+    return r.scale == s.scale && r.threshold == s.threshold && r.low == s.low && r.high == s.high &&
+           (r.sensitivity == nullptr || std::equal(r.sensitivity, r.sensitivity + a.in, s.sensitivity));
 }
 
 // The activations of one slab for one matrix; each calling thread keeps its last.
@@ -175,6 +188,7 @@ const Activations& activate(const Matrix& m, const void* x, Scalar type, int tok
 void linear(const Matrix& m, const void* x, Scalar type, int64_t tokens, const void* bias, void* y, Pass pass,
             int threads) {
     const size_t size = type == Scalar::f32 ? 4 : 2;
+    pass = pass_of(m, pass);
     const int64_t slab = std::max<int64_t>(kTile, kSlab / m.in / kTile * kTile);
     static thread_local std::vector<Part> all;
     for (int64_t first = 0; first < tokens; first += slab) {
@@ -190,8 +204,8 @@ void linear(const Matrix& m, const void* x, Scalar type, int64_t tokens, const v
 
 void linear_of_one(const Product* products, int count, const float* x, Pass pass, int threads) {
     static thread_local std::vector<Part> all;
-    const auto shares = [](const Matrix& m, const Matrix& with) {
-        return m.in == with.in && m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
+    const auto shares = [pass](const Matrix& m, const Matrix& with) {
+        return m.in == with.in && pass_of(m, pass) == pass_of(with, pass) && same_rule(m, with) && m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
     };
     for (int first = 0, end; first < count; first = end) {
         all.clear();
@@ -199,11 +213,11 @@ void linear_of_one(const Product* products, int count, const float* x, Pass pass
         for (end = first; end < count && (end == first || shares(products[end].m, products[first].m)); ++end) {
             const Product& each = products[end];
             const float* sides = nullptr;
-            const Activations& a = activate(each.m, x, Scalar::f32, 1, pass, threads, sides);
+            const Activations& a = activate(each.m, x, Scalar::f32, 1, pass_of(each.m, pass), threads, sides);
             all.push_back({each.m, each.bias, each.y, a, sides, cost});
             cost += cost_before(each.m, each.m.panels);
         }
-        run_slab(all, Scalar::f32, pass, threads);
+        run_slab(all, Scalar::f32, pass_of(products[first].m, pass), threads);
     }
 }
 

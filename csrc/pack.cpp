@@ -27,10 +27,11 @@ struct Arrays {
     uint32_t* channel_value;
     float* channel_values;
     uint8_t* channel_codes;
+    StripRow* strip_row;
     int32_t *column_of, *row_of, *stored_row;
     uint32_t* outlier_end;
     uint16_t* outlier_column;
-    float *outlier_delta, *outlier_value;
+    float *outlier_delta, *outlier_value, *sensitivity;
     uint8_t* data;
     size_t bytes;  // of all
 };
@@ -58,12 +59,14 @@ Arrays lay_out(const Plan& plan, uint8_t* base) {
     lay(a.channel_values, channels.order.empty() ? 0 : channels.values.size() + kReadable / sizeof(float));
     lay(a.channel_codes, channels.order.empty() ? 0 : channels.codes.size() + kReadable);
     lay(a.column_of, plan.column_of.size());
-    lay(a.row_of, file.row_of.size());
-    lay(a.stored_row, file.row_of.size());
+    lay(a.strip_row, plan.strips.rows.size());
+    lay(a.row_of, plan.row_of.size());
+    lay(a.stored_row, plan.row_of.size());
     lay(a.outlier_end, outliers ? size_t{file.panels} * kRows : 0);
     lay(a.outlier_column, outliers);
     lay(a.outlier_delta, outliers);
     lay(a.outlier_value, outliers);
+    lay(a.sensitivity, file.sensitivity.size());
     lay(a.data, plan.data_bytes + kReadable);
     a.bytes = end;
     return a;
@@ -93,7 +96,7 @@ public:
         const ScaleType type = file.source.outlier_type;
         keys.reserve(file.outlier_columns.size());
         for (uint32_t row = 0; row < file.panels * uint64_t{kRows}; ++row) {
-            const uint32_t from = row >= file.out ? file.out : file.row_of.empty() ? row : file.row_of[row];
+            const uint32_t from = row >= file.out ? file.out : plan.row_of.empty() ? row : plan.row_of[row];
             const uint32_t last = file.outlier_start[std::min(from + 1, file.out)];
             for (uint32_t i = file.outlier_start[from]; i < last; ++i) {
                 const uint32_t column = file.outlier_columns[i];
@@ -115,15 +118,17 @@ private:
         std::copy(plan.segments.begin(), plan.segments.end(), arrays_.segment);
         std::copy(plan.grids.small_tables.begin(), plan.grids.small_tables.end(), arrays_.small_table);
         std::copy(plan.grids.wide_tables.begin(), plan.grids.wide_tables.end(), arrays_.wide_table);
+        std::copy(plan.file.sensitivity.begin(), plan.file.sensitivity.end(), arrays_.sensitivity);
         const Channels& channels = plan.channels;
         std::copy(channels.scale.begin(), channels.scale.end(), arrays_.channel_scale);
         std::copy(channels.value.begin(), channels.value.end(), arrays_.channel_value);
         std::copy(channels.values.begin(), channels.values.end(), arrays_.channel_values);
         std::copy(channels.codes.begin(), channels.codes.end(), arrays_.channel_codes);
         std::copy(plan.column_of.begin(), plan.column_of.end(), arrays_.column_of);
-        std::copy(plan.file.row_of.begin(), plan.file.row_of.end(), arrays_.row_of);
-        for (uint32_t i = 0; i < plan.file.row_of.size(); ++i)
-            arrays_.stored_row[plan.file.row_of[i]] = static_cast<int32_t>(i);
+        std::copy(plan.strips.rows.begin(), plan.strips.rows.end(), arrays_.strip_row);
+        std::copy(plan.row_of.begin(), plan.row_of.end(), arrays_.row_of);
+        for (uint32_t i = 0; i < plan.row_of.size(); ++i)
+            arrays_.stored_row[plan.row_of[i]] = static_cast<int32_t>(i);
         for (size_t i = 0; i < plan.cells.size(); ++i) {
             const PlannedCell& cell = plan.cells[i];
             const auto before = [](const Segment& a, const Segment& b) {
@@ -143,7 +148,7 @@ private:
         matrix_.segments = static_cast<uint32_t>(plan.segments.size());
         matrix_.blocks = (file.in - 1) / kBlock + 1;
         matrix_.abreast = plan.abreast;
-        matrix_.needs_float = arrays_.outlier_end != nullptr;
+        matrix_.needs_float = arrays_.outlier_end != nullptr || arrays_.strip_row != nullptr;
         for (const Run& run : plan.runs) matrix_.needs_float |= !is_quad(run.kind);
         matrix_.data = arrays_.data;
         matrix_.panel = arrays_.panel;
@@ -156,6 +161,12 @@ private:
         matrix_.channel_value = arrays_.channel_value;
         matrix_.channel_values = arrays_.channel_values;
         matrix_.channel_codes = arrays_.channel_codes;
+        matrix_.strip_row = arrays_.strip_row;
+        matrix_.strip_kinds = static_cast<uint32_t>(plan.strips.kinds.size());
+        std::copy(plan.strips.kinds.begin(), plan.strips.kinds.end(), matrix_.strip_kind);
+        matrix_.strip_tiles = plan.strips.tiles;
+        matrix_.rule = file.rule;
+        matrix_.rule.sensitivity = arrays_.sensitivity;
         matrix_.column_of = arrays_.column_of;
         matrix_.row_of = arrays_.row_of;
         matrix_.stored_row = arrays_.stored_row;

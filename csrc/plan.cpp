@@ -234,18 +234,26 @@ std::string Plan::cut() {
     // Cells of few columns, or of float32 where rows do not agree, may take far more than the file; so may
     // the panels of pruned rows, which the file does not store.
     const uint64_t most = 3 * file.bytes + (1 << 20);
-    const bool by_channel = is_channel_wise(*this);
-    uint64_t beside = file.panels * sizeof(Panel) + (by_channel ? channel_bytes(file) : 0);
+    const bool by_channel = is_channel_wise(*this), by_tile = is_strips(*this);
+    uint64_t beside = file.panels * sizeof(Panel) + (by_channel ? channel_bytes(file) : 0) +
+                      (by_tile ? file.out * uint64_t{sizeof(StripRow)} : 0);
     const auto fits = [&] {
         return data_bytes + cells.size() * sizeof(Cell) + grids.wide_tables.size() * sizeof(WideTable) +
                    beside <= most;
     };
+    if (by_channel && file.rule.scale > 0)
+        return "Columns with grids of their own have no place beside rounded activations.";
     const std::string too_large = "Tiles of " + std::to_string(file.tile_rows) + "x" +
                                   std::to_string(file.tile_columns) +
                                   " cut into cells of 64 rows would take more than three times the " +
                                   std::to_string(file.bytes) + " bytes of the file.";
     if (!fits()) return too_large;
     column_of = file.column_of;
+    row_of = file.row_of;
+    if (by_tile) {
+        lay_strips();
+        return fits() ? "" : too_large;
+    }
     if (by_channel) {
         abreast = kAbreast;
         channels = gather_channels(*this);
@@ -285,6 +293,18 @@ std::string Plan::cut() {
     for (const uint64_t key : known)
         segments.push_back({static_cast<uint32_t>(key >> 8), static_cast<uint32_t>(key & 255)});
     return "";
+}
+
+// Panels without cells, and the order of their rows.
+void Plan::lay_strips() {
+    strips = gather_strips(*this, grids);
+    data_bytes = strips.bytes;
+    for (uint32_t p = 0; p < file.panels; ++p)
+        panels.push_back({uint64_t{8} * strips.rows[size_t{p} * kRows].place, 0, 0});
+    panels.push_back({data_bytes, 0, 0});
+    if (std::is_sorted(strips.order.begin(), strips.order.end())) return;
+    row_of = strips.order;
+    for (uint32_t& row : row_of) row = file.row_of.empty() ? row : file.row_of[row];
 }
 
 int Plan::twice_zero(const Tile& tile, uint64_t group) const {

@@ -7,6 +7,7 @@
 
 #include "file.h"
 #include "grids.h"
+#include "strip_plan.h"
 
 namespace bitmosaic {
 
@@ -69,7 +70,9 @@ public:
     std::vector<Run> runs;
     std::vector<Segment> segments;   // by start, then length
     std::vector<uint32_t> column_of;  // stored column -> column of x; empty when in order
+    std::vector<uint32_t> row_of;     // stored row -> row of y; empty when in order
     Channels channels;
+    Strips strips;
     uint32_t abreast = 1;
     uint64_t data_bytes = 0;
 
@@ -77,6 +80,7 @@ private:
     std::string read_formats();
     void read_learned(size_t section);
     std::string cut();
+    void lay_strips();
 
     std::vector<std::vector<uint32_t>> learned_;  // by section: index in grids of each tile
 };

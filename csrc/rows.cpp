@@ -14,6 +14,28 @@
 namespace bitmosaic {
 namespace {
 
+// The same as `decode` of a row of strips, without outliers.
+void decode_strips(const Matrix& m, uint32_t row, float* values) {
+    Strip strips[2];
+    read_strips(m, row, strips);
+    for (uint32_t k = 0; k < m.strip_kinds; ++k) {
+        const StripKind& kind = m.strip_kind[k];
+        const float* grid = strip_grid(m, kind);
+        uint32_t place = 0;
+        for (uint32_t tile = 0; tile < m.strip_tiles; ++tile) {
+            if (!(tiles_of(m, strips, k, tile / 8) >> tile % 8 & 1)) continue;
+            const float scale = strip_scale(kind, strips[k], place);
+            const uint32_t start = tile * kStripTile, columns = std::min<uint32_t>(kStripTile, m.in - start);
+            for (uint32_t i = 0; i < columns; ++i) {
+                const int code = strip_code(kind, strips[k], place, static_cast<int>(i));
+                const uint32_t column = m.column_of == nullptr ? start + i : m.column_of[start + i];
+                values[column] = grid[code] * scale * kind.factor;
+            }
+            ++place;
+        }
+    }
+}
+
 // (grid[code] - zero_point) * scale * factor of each column of the stored row, in x's order of columns.
 void decode(const Matrix& m, uint32_t row, float* values) {
     const uint32_t p = row / kRows;
@@ -21,6 +43,7 @@ void decode(const Matrix& m, uint32_t row, float* values) {
     const uint8_t* first = m.data + m.panel[p].offset;  // of cells abreast
     const Cell* cell = m.cell + m.panel[p].cell;
     std::fill(values, values + m.in, 0.0f);
+    if (m.strip_row != nullptr) decode_strips(m, row, values);
     for (uint32_t r = m.panel[p].run; r < m.panel[p + 1].run; ++r) {
         const Run& run = m.run[r];
         for (uint32_t i = 0; i < run.cells; ++i, ++cell) {

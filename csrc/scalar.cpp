@@ -3,6 +3,7 @@
 // Layout: layout.h, read through cells.h. Arithmetic: kernels.h, line by line. Every other level is held to
 // this one. A cell is decoded once into `scratch`, [column][64 rows], so that the loops over rows
 // are of one instruction each and any compiler makes vectors of them; no roofline was aimed at.
+#include <algorithm>
 #include <cmath>
 
 #include "cells.h"
@@ -84,8 +85,40 @@ void panel(const Matrix& m, uint32_t p, const Activations& a, int first, int cou
     }
 }
 
+// A row of strips times tokens; y is the row's of the first one. `sums` has room for one a token.
+void strip_row(const Matrix& m, uint32_t row, const Activations& a, int first, int count, float* y, float* sums) {
+    Strip strips[2];
+    read_strips(m, row, strips);
+    for (uint32_t k = 0; k < m.strip_kinds; ++k) {
+        const StripKind& kind = m.strip_kind[k];
+        const float* grid = strip_grid(m, kind);
+        std::fill(sums, sums + count, 0.0f);
+        uint32_t place = 0;
+        for (uint32_t tile = 0; tile < m.strip_tiles; ++tile) {
+            if (!(tiles_of(m, strips, k, tile / 8) >> tile % 8 & 1)) continue;
+            const float scale = strip_scale(kind, strips[k], place);
+            float values[kStripTile];
+            for (int column = 0; column < kStripTile; ++column)
+                values[column] = grid[strip_code(kind, strips[k], place, column)] * scale;
+            for (int t = 0; t < count; ++t) {
+                const float* x = a.x + (first + t) * a.stride + tile * kStripTile;
+                for (int column = 0; column < kStripTile; ++column) sums[t] += values[column] * x[column];
+            }
+            ++place;
+        }
+        for (int t = 0; t < count; ++t) y[t * kRows] = std::fma(sums[t], kind.factor, y[t * kRows]);
+    }
+}
+
 void panels(const Matrix& m, uint32_t begin, uint32_t end, const Activations& a, int first, int count, Pass pass,
             float* y, uint8_t* scratch) {
+    if (m.strip_row != nullptr) {
+        for (uint32_t row = begin * kRows; row < std::min(end * kRows, m.out); ++row) {
+            float* own = y + (row / kRows - begin) * count * kRows + row % kRows;
+            strip_row(m, row, a, first, count, own, reinterpret_cast<float*>(scratch));
+        }
+        return;
+    }
     for (uint32_t p = begin; p < end; ++p, y += count * kRows) panel(m, p, a, first, count, pass, y, scratch);
 }
 
@@ -105,6 +138,64 @@ float quantize(const float* x, int columns, int8_t* q) {
     return largest / 127.0f;
 }
 
+// The E4M3 number next to a value of at most 448, ties to even; NaN stays.
+float next_e4m3(float value) {
+    const uint32_t sign = bits_of_float(value) & 0x80000000;
+    const float magnitude = std::fabs(value);
+    if (std::isnan(value)) return value;
+    if (magnitude < 0x1p-6f) return float_of_bits(bits_of_float(magnitude + 0x1p14f - 0x1p14f) | sign);  // steps of 2^-9
+    const uint32_t bits = bits_of_float(magnitude);
+    return float_of_bits(((bits + 0x7FFFF + (bits >> 20 & 1)) & 0xFFF00000) | sign);
+}
+
+void round_low(const float* u, float* g) {
+    float largest = 0;
+    for (int i = 0; i < kStripTile; ++i) {
+        const float magnitude = std::fabs(u[i]);
+        largest = std::isnan(magnitude) || std::isnan(largest) ? __builtin_nanf("") : std::max(largest, magnitude);
+    }
+    const float scale = next_e4m3(std::isnan(largest) ? largest : std::min(std::max(largest / 6, 0x1p-9f), 448.0f));
+    const float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6}, edges[] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5};
+    for (int i = 0; i < kStripTile; ++i) {
+        int index = 0;
+        for (int edge = 0; edge < 7; ++edge) {
+            const float at = edges[edge] * scale, magnitude = std::fabs(u[i]);
+            index += edge % 2 ? magnitude >= at : magnitude > at;
+        }
+        g[i] = std::copysign(magnitudes[index] * scale, u[i]);
+    }
+}
+
+bool round_tile(const ActivationRule& rule, const float* f, float* x) {
+    float low[kStripTile], high[kStripTile], terms[kStripTile];
+    for (int i = 0; i < kStripTile; ++i) {
+        const float u = x[i] * rule.inverse;
+        x[i] = std::isnan(u) ? u : std::min(std::max(u, -2688.0f), 2688.0f);
+        high[i] = next_e4m3(x[i] / 6) * 6;
+    }
+    round_low(x, low);
+    bool is_low = rule.low;
+    if (rule.low && rule.high) {
+        for (int i = 0; i < kStripTile; ++i) {
+            const float apart = low[i] - high[i], square = apart * apart;
+            terms[i] = square * f[i];
+        }
+        for (int half = kStripTile / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) terms[i] += terms[half + i];
+        is_low = terms[0] <= rule.threshold;
+    }
+    std::copy(is_low ? low : high, (is_low ? low : high) + kStripTile, x);
+    return is_low;
+}
+
+void round_tiles(const ActivationRule& rule, size_t column, int columns, float* x, uint8_t* low) {
+    for (int i = 0; i < columns; i += kStripTile) {
+        const bool is_low =
+            round_tile(rule, rule.sensitivity == nullptr ? nullptr : rule.sensitivity + column + i, x + i);
+        if (low != nullptr) *low++ = is_low;
+    }
+}
+
 void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, size_t count,
                    uint8_t* codes) {
     for (size_t i = 0; i < count; ++i) {
@@ -119,7 +210,7 @@ void unpack_planes(const uint8_t* planes, size_t plane, int bits, size_t first, 
 }  // namespace
 
 const Level& scalar_level() {
-    static const Level level{"scalar", quantize, panels, unpack_planes, normalize, gate, attend};
+    static const Level level{"scalar", quantize, round_tiles, panels, unpack_planes, normalize, gate, attend};
     return level;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,27 @@ def pack_model(
             tensors[full] = random_tensor(linear.weight.detach(), formats, generator)
     if embeddings:
         tensors |= _embeddings(reference)
+    arrays = _replace_weights(reference, tensors)
+    write(directory, model, tensors, arrays)
+    return Packed(directory, tensors, arrays, reference)
+
+
+def pack_each(
+    model: PreTrainedModel,
+    directory: Path,
+    make: Callable[[str, Tensor], QuantizedTensor | None],
+) -> Packed:
+    """Pack the linear and embedding modules for which `make(name, weight)` gives a tensor."""
+    reference = copy.deepcopy(model)
+    modules = {
+        name: module
+        for name, module in reference.named_modules(remove_duplicate=True)
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    if model.config.tie_word_embeddings:
+        modules.pop("lm_head", None)
+    made = {name: make(name, module.weight.detach().float()) for name, module in modules.items()}
+    tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
     arrays = _replace_weights(reference, tensors)
     write(directory, model, tensors, arrays)
     return Packed(directory, tensors, arrays, reference)

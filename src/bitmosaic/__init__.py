@@ -18,15 +18,26 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from bitmosaic.api.contents import inspect
+    from bitmosaic.api.exports import export_model
     from bitmosaic.api.measure import evaluate, generate, load
     from bitmosaic.api.stages import allocate, calibrate, quantize
 
-__all__ = ["allocate", "calibrate", "evaluate", "generate", "inspect", "load", "quantize"]
+__all__ = [
+    "allocate",
+    "calibrate",
+    "evaluate",
+    "export_model",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+]
 
 _HOMES = {
     "allocate": "bitmosaic.api.stages",
     "calibrate": "bitmosaic.api.stages",
     "evaluate": "bitmosaic.api.measure",
+    "export_model": "bitmosaic.api.exports",
     "generate": "bitmosaic.api.measure",
     "inspect": "bitmosaic.api.contents",
     "load": "bitmosaic.api.measure",

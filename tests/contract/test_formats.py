@@ -10,7 +10,8 @@ from hypothesis import given
 from bitmosaic import checkpoint, formats
 from bitmosaic.formats import SCALE_DTYPES, Parameters
 from bitmosaic.rounding import encode_nearest, nearest
-from bitmosaic.tensor import QuantizedTensor, pack, predict_bytes
+from bitmosaic.stored import predict_bytes
+from bitmosaic.tensor import QuantizedTensor, pack
 from strategies import (
     SEEDS,
     SHAPES,

@@ -27,6 +27,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         "VARIANTS",
         {name: demo.VARIANTS[name] for name in ("rtn", "layerwise, nearest", "sfmp, nearest")},
     )
+    monkeypatch.setattr(demo, "FLOATS", {"fgmp": demo.FLOATS["fgmp"]})
+    monkeypatch.setattr(demo, "FLOAT_BUDGETS", (5.65,))
 
 
 @pytest.mark.usefixtures("short")
@@ -40,6 +42,7 @@ def test_demo(tmp_path: Path) -> None:
         "rtn",
         "layerwise, nearest",
         "sfmp, nearest",
+        "fgmp",
     ]
     original, *quantized = rows
     assert (original["kl"], original["bits_asked"]) == (0.0, None)

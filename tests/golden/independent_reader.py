@@ -176,6 +176,48 @@ def put_outliers(
         weight[lines, arrays["outlier_columns"]] = values
 
 
+def round_activations(names: list[str], stored: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Round activations [tokens, in] in stored order by a rule, in units of its scale (9.3)."""
+    head = stored[: 4 * len(names)].view("<f4")
+    width = x.shape[1]
+    u = np.clip(x.astype("f4") * (np.float32(1) / head[0]), np.float32(-2688), np.float32(2688))
+    u = np.pad(u, ((0, 0), (0, -width % 16))).reshape(len(x), -1, 16)
+    low, high = low_tiles(u), 6 * nearest(float_grid("fp8-e4m3"), u.astype("f8") / 6)
+    if names == ["nvfp4"]:
+        chosen = low
+    elif names == ["fp8-e4m3-tensor"]:
+        chosen = high
+    else:
+        worth = np.pad(float_grid("fp8-e4m3")[stored[8:]], (0, -width % 16)).reshape(-1, 16)
+        gap = (low - high).astype("f4")
+        terms = (gap * gap) * worth
+        for half in (8, 4, 2, 1):
+            terms = terms[..., :half] + terms[..., half:]
+        chosen = np.where(terms <= head[1], low, high)
+    return chosen.reshape(len(x), -1)[:, :width].astype("f4")
+
+
+def low_tiles(u: np.ndarray) -> np.ndarray:
+    """Round tiles to E2M1 with an E4M3 scale each.
+
+    In float64 both quotients are exact enough: no float32 over a number of 4 bits rounds to a tie.
+    """
+    largest = np.abs(u).max(-1, keepdims=True).astype("f8")
+    scale = np.maximum(nearest(float_grid("fp8-e4m3"), largest / 6), 2.0**-9)
+    return np.copysign(nearest(float_grid("nvfp4"), np.abs(u) / scale) * scale, u)
+
+
+def nearest(grid: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Take the nearest number of a float grid, ties to the even pattern, in float64."""
+    half = grid[: len(grid) // 2].astype("f8")
+    half = half[np.isfinite(half)][: 127 if len(grid) == 256 else 8]
+    size = np.abs(value)
+    place = np.clip(np.searchsorted(half, size), 1, len(half) - 1)
+    below, above = size - half[place - 1], half[place] - size
+    up = (above < below) | ((above == below) & (place % 2 == 0))
+    return np.copysign(half[np.where(up, place, place - 1)], value)
+
+
 def decode(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Decode one packed weight to float32 [out, in]."""
     (height, width), (tile_rows, tile_columns) = described["shape"], described["tile"]

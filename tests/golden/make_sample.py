@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint
+from bitmosaic.activations import HIGH, LOW, ActivationRule
 from bitmosaic.residuals import gap_bytes
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
@@ -27,6 +28,15 @@ def weight(out: int, width: int) -> Tensor:
     index = torch.arange(out * width)
     value = (index * 7919 % 1129 - 564).float() / 512
     return torch.where(index % 6 == 0, value / 8, value).reshape(out, width)
+
+
+def inputs(tensor: QuantizedTensor) -> Tensor:
+    """Make activations in stored order, 24 tokens: from too large to nearly nothing, and zeros."""
+    width = tensor.shape[1]
+    size = 2.0 ** (8 - torch.arange(24)[:, None])
+    x = weight(24, width) * size
+    x[5], x[6, 3] = 0.0, torch.inf
+    return x if tensor.in_permutation is None else x[:, tensor.in_permutation.long()]
 
 
 def order(length: int, step: int) -> Tensor:
@@ -171,11 +181,33 @@ def microscaling() -> dict[str, QuantizedTensor]:
     }
 
 
+def activations() -> dict[str, QuantizedTensor]:
+    """Rules for activations: of two formats, also in another order, and of one."""
+    tiles = make((6, 75), (1, 16), ("nvfp4", "fp8-e4m3-tensor"), step=3)
+    moved = make((4, 40), (1, 16), ("fp8-e4m3-tensor", "nvfp4"), in_permutation=order(40, 7))
+    plain = make((3, 33), (3, 33), ("int4-g16",))
+    return {
+        "tiles": tiles.with_activations(rule(75, 20_000.0)),
+        "moved": moved.with_activations(rule(40, 60_000.0)),
+        "low": plain.with_activations(ActivationRule((LOW,), 0.0005)),
+        "high": plain.with_activations(ActivationRule((HIGH,), 0.0005)),
+    }
+
+
+def rule(width: int, threshold: float) -> ActivationRule:
+    """Make a rule whose sensitivities are all E4M3 numbers in turn."""
+    patterns = (torch.arange(width) * 31 % 127).to(torch.uint8)
+    return ActivationRule(
+        (LOW, HIGH), 0.0005, threshold, patterns.view(torch.float8_e4m3fn).float()
+    )
+
+
 SAMPLES = {
     "sample-v1": sample,
     "sample-v1-codebooks": codebooks,
     "sample-v1-residuals": residuals,
     "sample-v1-microscaling": microscaling,
+    "sample-v1-activations": activations,
 }
 
 
@@ -205,6 +237,14 @@ def write_sample(directory: Path, name: str, tensors: dict[str, QuantizedTensor]
             for key, tensor in tensors.items()
         },
     }
+    rules = {key: tensor.activations for key, tensor in tensors.items() if tensor.activations}
+    if rules:
+        described["sha256 of rounded activations"] = {
+            key: hashlib.sha256(
+                rule.quantize(inputs(tensors[key])).values.numpy().tobytes()
+            ).hexdigest()
+            for key, rule in rules.items()
+        }
     checkpoint.write_text(directory / f"{name}.json", json.dumps(described, indent=1) + "\n")
 
 

@@ -53,6 +53,24 @@ def test_the_writer_still_makes_the_frozen_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
 
 
+ROUNDED = TENSORS["sample-v1-activations"]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_both_readers_round_activations_alike(directories, name):
+    packed = checkpoint.open_packed(directories["sample-v1-activations"])
+    tensor = packed.load(name)
+    x = make_sample.inputs(tensor)
+    ours = tensor.activations.quantize(x).values.numpy()
+    stored = tensor.activation_rule.numpy()
+    stranger = independent_reader.round_activations(ROUNDED[name]["activations"], stored, x.numpy())
+    expected = DESCRIBED["sample-v1-activations"]["sha256 of rounded activations"][name]
+    assert hashlib.sha256(ours.tobytes()).hexdigest() == expected
+    assert np.array_equal(ours, stranger)
+    low = tensor.activations.quantize(x).low
+    assert len(ROUNDED[name]["activations"]) == 1 or 0.2 < float(low.double().mean()) < 0.9
+
+
 @every_tensor
 def test_a_tensor_that_was_read_is_written_as_it_was(directories, sample, name):
     packed = checkpoint.open_packed(directories[sample])

@@ -199,7 +199,7 @@ def test_windows_longer_than_the_context(kit: Path, tmp_path: Path) -> None:
         (("--size", "10kB"), "size must be between"),
         (("--size", "1GB"), "size must be between"),
         (("--size", "small"), "size must be a number with a unit"),
-        (("--bits", "3", "--size", "1MB"), "either bits or size, not both"),
+        (("--bits", "3", "--size", "1MB"), "one of bits, size, fp4 and energy"),
     ],
 )
 def test_budgets_out_of_range(

@@ -82,7 +82,7 @@ def test_stages_one_by_one_give_the_same_tensors(kit: Path, packed: Path, tmp_pa
     statistics, plan, output = tmp_path / "stats", tmp_path / "plan.safetensors", tmp_path / "out"
     text = ("--calibration", kit / "calibration.txt")
     shown = succeeded(run("calibrate", kit / "model", *text, *SMALL, "--output", statistics))
-    assert "fisher of 2 blocks over 4 x 60 tokens" in shown.stdout
+    assert "input_scores of 2 blocks over 4 x 60" in shown.stdout
     options = ("--formats", FORMATS, *TILE, "--bits", BITS, "--statistics", statistics)
     shown = succeeded(run("allocate", kit / "model", *options, "--output", plan))
     assert "bits_per_weight" in shown.stdout

@@ -6,15 +6,8 @@ from hypothesis import strategies as st
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.rounding import encode_nearest, nearest
-from bitmosaic.tensor import (
-    QuantizedTensor,
-    drop_unused,
-    invert,
-    map_bits,
-    pack,
-    permute,
-    store_indices,
-)
+from bitmosaic.stored import map_bits, store_indices
+from bitmosaic.tensor import QuantizedTensor, drop_unused, invert, pack, permute
 from golden.independent_reader import decode
 from strategies import SEEDS, example_names, few, layers, random_layer, weights
 

@@ -14,7 +14,8 @@ from bitmosaic.activations import ActivationRule, rule_bytes
 from bitmosaic.allocation.budget import BudgetError
 from bitmosaic.allocation.plan import LayerAllocation, uniform
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.tensor import drop_unused, map_bits, outlier_bytes, permutation_bytes
+from bitmosaic.stored import map_bits, outlier_bytes, permutation_bytes
+from bitmosaic.tensor import drop_unused
 from bitmosaic.tiling import tile_sizes
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from bitmosaic.allocation.costs import TileCosts
-from bitmosaic.tensor import outlier_bytes
+from bitmosaic.stored import outlier_bytes
 
 _SHIFT = 19
 BINS = (0x7F80 << 16) >> _SHIFT

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.activations import CHOICES, ActivationRule, rule_fault
-from bitmosaic.tensor import OUTLIER_FORMATS, drop_unused, predict_bytes
+from bitmosaic.stored import OUTLIER_FORMATS, predict_bytes
+from bitmosaic.tensor import drop_unused
 from bitmosaic.tiling import grid_shape
 
 

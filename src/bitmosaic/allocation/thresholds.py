@@ -7,7 +7,7 @@ off a histogram of the scores of all calibration tokens, in bins of 2^-11 of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,8 @@ from bitmosaic.activations import (
     LARGEST,
     LOW,
     ActivationRule,
+    Rounded,
     padded_tiles,
-    round_fp8,
-    round_nvfp4,
     tree_sum,
 )
 from bitmosaic.allocation.costs import TileCosts, check_feasible, overhead_bytes
@@ -124,9 +123,15 @@ class ScoreCounter:
     Args:
         largest: largest magnitude of the input on the calibration text.
         worths: for each policy but ``amax`` what a squared error of an in_channel is worth, [in].
+        rounding: rounds x [tokens, in] by a rule; a backend may do it faster.
     """
 
-    def __init__(self, largest: float, worths: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        largest: float,
+        worths: dict[str, Tensor],
+        rounding: Callable[[Tensor, ActivationRule], Rounded] | None = None,
+    ) -> None:
         scale = float(torch.tensor(largest, dtype=torch.float32) / LARGEST) or 1.0
         self._rules, self._units = {}, {}
         for policy, worth in worths.items():
@@ -135,17 +140,18 @@ class ScoreCounter:
             self._units[policy] = unit * scale**2
         self._rules["amax"] = ActivationRule((LOW, HIGH), scale, 0.0, torch.ones(worth.shape))
         self._units["amax"] = scale
+        self._round = rounding or (lambda x, rule: rule.quantize(x))
+        self._ends = [ActivationRule((name,), scale) for name in (LOW, HIGH)]
         self._counts = {name: torch.zeros(BINS, dtype=torch.int64) for name in self._rules}
 
     def update(self, x: Tensor) -> None:
         """Add the tokens of one sequence, [tokens, in]."""
         for part in x.split(max(1, _CHUNK // x.shape[1])):
-            scale = torch.tensor(self._rules["amax"].tensor_scale, dtype=torch.float32)
-            u = padded_tiles((part.float() * (1 / scale)).clamp(-LARGEST, LARGEST))
-            square = (round_nvfp4(u) - round_fp8(u)).square_()
+            low, high = (self._round(part, rule).values for rule in self._ends)
+            square = padded_tiles((low - high).square_())
             for policy, rule in self._rules.items():
                 if policy == "amax":
-                    score = u.abs().amax(-1)
+                    score = padded_tiles(part).abs().amax(-1) / rule.tensor_scale
                 else:
                     assert rule.sensitivity is not None
                     score = tree_sum(square * padded_tiles(rule.sensitivity[None]))

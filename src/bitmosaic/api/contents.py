@@ -13,7 +13,8 @@ from torch import Tensor
 from bitmosaic import checkpoint, formats
 from bitmosaic.checkpoint import Entry, PackedCheckpoint
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.tensor import ARRAYS, QuantizedTensor, map_bits
+from bitmosaic.stored import map_bits
+from bitmosaic.tensor import ARRAYS, QuantizedTensor
 from bitmosaic.tiling import grid_shape, tile_sizes
 
 RECIPE_KEYS = ("method", "parameters", "budget", "bits_per_weight", "versions")
@@ -81,6 +82,7 @@ def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> d
         "bits_per_weight": 8 * sum(arrays.values()) / weights,
         "bytes": sum(arrays.values()),
         "arrays": arrays,
+        "activations": list(described.get("activations", [])),
     }
 
 

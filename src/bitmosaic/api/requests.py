@@ -16,14 +16,17 @@ _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, 
 
 
 def make_budget(
-    bits: float | None, size: str | int | None, fp4: float | None = None
+    bits: float | None,
+    size: str | int | None,
+    fp4: float | None = None,
+    energy: float | None = None,
 ) -> Budget | None:
-    """Read a budget; None where none is given."""
-    given = {"bits": bits, "size": size, "fp4": fp4}
+    """Read a budget; None where none is given, or one of energy, which has yet to become tiles."""
+    given = {"bits": bits, "size": size, "fp4": fp4, "energy": energy}
     named = [f"{key} {value}" for key, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(
-            f"budget must be one of bits, size and fp4, not {' and '.join(named)}. "
+            f"budget must be one of bits, size, fp4 and energy, not {' and '.join(named)}. "
             "Drop all but one."
         )
     if fp4 is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitmosaic import checkpoint, pipeline
 from bitmosaic.allocation import Allocation, Budget
+from bitmosaic.api.energy import DEFAULT_TABLE, share_within
+from bitmosaic.api.energy import energy_table as lookup
 from bitmosaic.api.requests import DEFAULT_METHOD, choose_method, make_budget, make_method
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.methods import Method
@@ -58,6 +61,8 @@ def allocate(
     bits: float | None = None,
     size: str | int | None = None,
     fp4: float | None = None,
+    energy: float | None = None,
+    energy_table: str = DEFAULT_TABLE,
     method: str = DEFAULT_METHOD,
     statistics: str | Path | None = None,
     embedding: str = "int8",
@@ -74,6 +79,8 @@ def allocate(
         bits: Budget in bits_per_weight over the quantized matrices, everything counted.
         size: Budget of the checkpoint's tensor files: bytes, "600MB", "1.4GiB" or "0.2x".
         fp4: Budget as a share of FP4 tiles, the others being FP8 (method fgmp).
+        energy: Budget as a share of the energy that all-FP8 matrix products take (method fgmp).
+        energy_table: Where the energies are from, one of `api.energy.TABLES`.
         method: Name of a method.
         statistics: Finished statistics directory, where the method needs one.
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
@@ -82,24 +89,37 @@ def allocate(
         track: Shows progress.
         **parameters: The method's own.
     """
-    budget = make_budget(bits, size, fp4)
-    if budget is None:
-        raise ValueError("allocate must have a budget. Give --bits, --size or --fp4.")
+    budget = make_budget(bits, size, fp4, energy)
+    if budget is None and energy is None:
+        raise ValueError("allocate must have a budget. Give --bits, --size, --fp4 or --energy.")
     chosen = make_method(method, parameters)
+    if energy is not None and not chosen.shares:
+        raise ValueError(
+            f"method must be fgmp for a budget of energy, not {method!r}. Use --bits or --size."
+        )
+    table = lookup(energy_table)
     target = None if output is None else Path(output)
     if target is not None and target.exists() and not overwrite:
         raise FileExistsError(
             f"{target} must not exist yet. Give another output, or --overwrite to replace it."
         )
     source = Source(model)
+    measured = None if statistics is None else Statistics.open(Path(statistics))
+    recipe = {}
+    if energy is not None:
+        scores, _ = pipeline.score(source, chosen, statistics=measured, track=track)
+        share, found = share_within(chosen, scores, float(energy), table)
+        budget, recipe = Budget(fp4=share), {"energy": found.facts()}
+    assert budget is not None
     allocation = pipeline.allocate(
         source,
         chosen,
         budget,
-        statistics=None if statistics is None else Statistics.open(Path(statistics)),
+        statistics=measured,
         plan=OutputPlan(source, embedding, head),
         track=track,
     )
+    allocation = replace(allocation, recipe=allocation.recipe | recipe)
     if target is not None:
         allocation.save(target)
     return allocation

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitmosaic.activations import ActivationRule, Rounded
 from bitmosaic.tensor import QuantizedTensor
 
 ACTIVATIONS = ("exact", "int8")
@@ -56,6 +57,13 @@ class Backend(ABC):
         round x to int8 with one scale for each token and 128 in_channels (in stored order) where
         that is faster.
         """
+
+    def round_activations(self, x: Tensor, rule: ActivationRule) -> Rounded:
+        """Round x [tokens, in], in stored order, as `linear` does where a tensor has this rule.
+
+        Equals `rule.quantize` bit for bit, on every backend.
+        """
+        return rule.quantize(x)
 
     @abstractmethod
     def rows(self, prepared: Any, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bitmosaic.activations import HIGH, LOW, ActivationRule, Rounded
 from bitmosaic.backends.base import ACTIVATIONS, Backend
 from bitmosaic.formats import Format, UnsupportedError
+from bitmosaic.formats.nvfp import GROUP as TILE
 from bitmosaic.tensor import QuantizedTensor
 
 try:
@@ -76,6 +78,8 @@ class Prepared:
     handle: int
     out: int
     width: int
+    rounds: bool = False
+    """Whether it has a rule for its activations."""
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +103,6 @@ class CpuBackend(Backend):
             return f"It runs tensors on the CPU, not on {device}."
         if _MISSING is not None:
             return _MISSING
-        if tensor.activation_rule is not None:
-            return "It has no kernels for rounded activations."
         if tensor.outlier_stream is not None:  # comes to the kernels as plain outliers
             if tensor.shape[1] > _MOST_COLUMNS:
                 return (
@@ -121,7 +123,9 @@ class CpuBackend(Backend):
         if objection is not None:
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
         described, _arrays = _describe(tensor.with_plain_outliers())
-        prepared = Prepared(_cpu.pack(described, threads()), *tensor.shape)
+        prepared = Prepared(
+            _cpu.pack(described, threads()), *tensor.shape, tensor.activation_rule is not None
+        )
         # Not at exit: the process gives everything back at once, and faster.
         weakref.finalize(prepared, _cpu.release, prepared.handle).atexit = False
         for array in tensor.arrays().values():
@@ -136,7 +140,11 @@ class CpuBackend(Backend):
         *,
         activations: str = "exact",
     ) -> Tensor:
-        """Multiply; a bias of another dtype is rounded to x's."""
+        """Multiply; a bias of another dtype is rounded to x's.
+
+        A weight with a rule for its activations has them rounded by it, whatever `activations`
+        allows; gradients take no notice of the rounding.
+        """
         if activations not in ACTIVATIONS:
             raise ValueError(
                 f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}. "
@@ -145,6 +153,9 @@ class CpuBackend(Backend):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if x.dtype not in _TYPES:
+            if prepared.rounds:  # the rule is one for float32
+                bias = None if bias is None else bias.float()
+                return self.linear(x.float(), prepared, bias).to(x.dtype)
             return functional.linear(x, _dense(prepared, x.dtype), bias)
         int8 = activations == "int8"
         if torch.is_grad_enabled() and (
@@ -153,6 +164,12 @@ class CpuBackend(Backend):
             product: Tensor = _Product.apply(x, bias, prepared, int8)
             return product
         return _linear_op(x, bias, prepared.handle, prepared.out, int8)
+
+    def round_activations(self, x: Tensor, rule: ActivationRule) -> Rounded:
+        """Round natively where that is built."""
+        if _MISSING is not None or x.device.type != "cpu":
+            return super().round_activations(x, rule)
+        return round_activations(x, rule)
 
     def rows(self, prepared: Prepared, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode the rows asked for, and nothing else."""
@@ -261,6 +278,34 @@ def decoder(given: dict[str, Any]) -> Any:
     return _cpu.decoder(given)
 
 
+def round_activations(x: Tensor, rule: ActivationRule) -> Rounded:
+    """Round x [tokens, in], in stored order, as products do: equals `rule.quantize` bit for bit."""
+    x = x.contiguous()
+    tokens, width = x.shape
+    values = torch.empty(tokens, width)
+    low = torch.empty(tokens, -(-width // TILE), dtype=torch.bool)
+    worth = None if rule.sensitivity is None else rule.sensitivity.float().contiguous()
+    if x.dtype not in _TYPES:
+        x = x.float()
+    infinite, clipped = _cpu.round(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        tokens,
+        width,
+        {
+            "scale": rule.tensor_scale,
+            "threshold": rule.threshold,
+            "low": LOW in rule.formats,
+            "high": HIGH in rule.formats,
+            "sensitivity": None if worth is None else (worth.data_ptr(), worth.numel()),
+        },
+        values.data_ptr(),
+        low.data_ptr(),
+        threads(),
+    )
+    return Rounded(values, low, infinite, clipped)
+
+
 def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:
     """Write down a tensor as the kernels read it; also what must stay alive while they do."""
     alive: list[Tensor] = []
@@ -291,6 +336,8 @@ def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:
         "tile_columns": tensor.tile[1],
         "formats": [describe(*each) for each in zip(tensor.formats, scales, strict=True)],
         "outlier_type": tensor.outlier_format,
+        "activation_low": LOW in tensor.activation_formats,
+        "activation_high": HIGH in tensor.activation_formats,
         "arrays": {name: place(array) for name, array in tensor.arrays().items()},
     }
     return described, alive

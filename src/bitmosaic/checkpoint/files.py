@@ -26,6 +26,8 @@ _DTYPE_NAMES = {
     torch.uint16: "U16",
     torch.bool: "BOOL",
 }
+_WRITTEN_NAMES = {**_DTYPE_NAMES, torch.float8_e4m3fn: "F8_E4M3"}
+"""Types that occur in files of ours, and those of the layouts that we export to as well."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[bytes
     offset = 0
     for entry in ordered:
         table[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
+            "dtype": _WRITTEN_NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [offset, offset + entry.nbytes],
         }

@@ -12,14 +12,8 @@ from bitmosaic import formats
 from bitmosaic.activations import CHOICES, rule_fault
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_fault
-from bitmosaic.tensor import (
-    ARRAYS,
-    OUTLIER_DTYPES,
-    OUTLIER_FORMATS,
-    RESIDUAL,
-    QuantizedTensor,
-    map_bits,
-)
+from bitmosaic.stored import OUTLIER_DTYPES, OUTLIER_FORMATS, RESIDUAL, map_bits
+from bitmosaic.tensor import ARRAYS, QuantizedTensor
 from bitmosaic.tiling import Section, grid_shape, sections
 
 OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import bitmosaic
-from bitmosaic.cli import measure, stages
+from bitmosaic.cli import exports, measure, stages
 from bitmosaic.cli.common import guarded
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ for _command in (
     measure.evaluate,
     measure.generate,
     measure.inspect,
+    exports.export,
     measure.demo,
 ):
     app.command()(guarded(_command))

@@ -38,6 +38,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "septq": ("septq", {}),
 }
 BUDGETS = (2.5, 3.0, 4.0)
+FLOATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fgmp, weights": ("fgmp", {"mode": "w"}),
+    "fgmp": ("fgmp", {}),
+}
+"""Methods of 4- and 8-bit floats, which have budgets of their own."""
+FLOAT_BUDGETS = (4.7, 5.65)
 SEQLEN = 256  # what the embedded model was trained for
 CALIBRATION_WINDOWS = 48
 EVALUATION_WINDOWS = 40
@@ -75,7 +81,7 @@ class Outcome:
         """Print the table, and what the chosen model writes."""
         console.print(_table(self.rows))
         console.print(
-            f"seconds: quantizing alone; layerwise and sfmp share one calibration of "
+            f"seconds: quantizing alone; all share one calibration of "
             f"{self.calibration_seconds:.1f} s. All rows: {self.results}",
             soft_wrap=True,
         )
@@ -120,6 +126,7 @@ def run(output: Path, reporter: Reporter) -> Outcome:
     judge = _Judge(original)
     rows = [_original_row(original, judge, reporter)]
     cases = [(name, bits) for bits in BUDGETS for name in VARIANTS]
+    cases += [(name, bits) for bits in FLOAT_BUDGETS for name in FLOATS]
     for name, bits in reporter.track(cases, "models", len(cases)):
         rows.append(_row(original, output, name, bits, text, judge, reporter))
     results = output / "results.json"
@@ -166,7 +173,7 @@ def _row(
     judge: _Judge,
     reporter: Reporter,
 ) -> Row:
-    method, parameters = VARIANTS[name]
+    method, parameters = {**VARIANTS, **FLOATS}[name]
     directory = output / "models" / f"{name.replace(', ', '-')}-{bits:g}"
     began = time.monotonic()
     facts = stages.quantize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +167,10 @@ def inspect(
         f"{found['bits_per_weight']:.4f} bits_per_weight, {found['code_bits']:.4f} code_bits",
         soft_wrap=True,
     )
+    rounded = Counter(" or ".join(each["activations"]) for each in found["matrices"])
+    for formats, count in rounded.items():
+        if formats:
+            console.print(f"activations: rounded to {formats} before {count} matrices")
     for key, value in found["recipe"].items():
         shown = value if isinstance(value, str) else json.dumps(value)
         console.print(f"{key}: {shown}", markup=False, soft_wrap=True)

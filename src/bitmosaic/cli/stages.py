@@ -94,9 +94,17 @@ def allocate(
     bits: Bits = None,
     size: Size = None,
     fp4: Fp4 = None,
-    method: Annotated[
-        str, typer.Option(help="rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp")
-    ] = "sfmp",
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help="Budget as a share of the energy of all-FP8 matrix products (fgmp).",
+            show_default=False,
+        ),
+    ] = None,
+    energy_table: Annotated[
+        str, typer.Option(help="Energies: calibrated-paper or synthesis-osu018-probe.")
+    ] = "calibrated-paper",
+    method: Annotated[str, typer.Option(help=METHODS)] = "sfmp",
     statistics: Annotated[
         Path | None,
         typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
@@ -124,6 +132,8 @@ def allocate(
             bits=bits,
             size=size,
             fp4=fp4,
+            energy=energy,
+            energy_table=energy_table,
             method=method,
             statistics=statistics,
             embedding=embedding,
@@ -132,10 +142,17 @@ def allocate(
             track=reporter.track,
             **chosen,
         )
-    results().print(
+    console = results()
+    console.print(
         f"{output}: {len(allocation.layers)} matrices, {allocation.nbytes:,} bytes, "
         f"{allocation.bits_per_weight:.4f} bits_per_weight"
     )
+    if found := allocation.recipe.get("energy"):
+        console.print(
+            f"{found['relative_energy']:.4f} of all-FP8's energy with {found['weight_share']:.2%} "
+            f"of weights and {found['activation_share']:.2%} of activations in FP4 "
+            f"({found['label']}; modes by {found['pairing']})"
+        )
 
 
 def quantize(

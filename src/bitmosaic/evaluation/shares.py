@@ -101,7 +101,7 @@ class _Watch:
         assert rule is not None
         assert stored is not None
 
-        def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def observe(module: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             last = self._last
             shared = last is not None and last[0] is x and torch.equal(last[1], stored)
@@ -109,7 +109,8 @@ class _Watch:
                 self._count(name, last[3], last[2])
                 return
             flat = x.reshape(-1, x.shape[-1])
-            rounded = rule.quantize(flat if order is None else flat[:, order.long()])
+            ordered = flat if order is None else flat[:, order.long()]
+            rounded = module.prepare()[0].round_activations(ordered, rule)
             self._last = x, stored, name, rounded
             self._count(name, rounded, None)
             self.found.infinite += rounded.infinite

@@ -7,10 +7,12 @@ group's scale is its largest magnitude over 6.  Rounding is to nearest, ties to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bitmosaic.formats.base import Format, Parameters
@@ -45,8 +47,17 @@ class NvfpFormat(Format):
         return torch.cat([magnitudes, -magnitudes])
 
     def tensor_scale(self, largest: float) -> float:
-        """Map the matrix's largest magnitude to the largest point times the largest scale."""
+        """Map the matrix's largest magnitude to the largest point times the largest scale.
+
+        The quotient is rounded to the nearest float32 that has a `public_reciprocal`.  All have
+        but those of two in 128 bfloat16 magnitudes, 147 and 245 times a power of two: 49 in them
+        and the 21 in 2688 leave products on ties of bfloat16.  Theirs is one float32 lower.
+        """
         scale = torch.tensor(largest, dtype=torch.float32) / (LARGEST_POINT * LARGEST_SCALE)
+        every = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        for candidate in _nearby(scale):
+            if candidate > 0 and public_reciprocal(candidate, every.to(torch.float32)) is not None:
+                return float(candidate)
         return float(scale) or 1.0
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Parameters:
@@ -60,6 +71,35 @@ class NvfpFormat(Format):
         """Round to the nearest point, ties to the even code."""
         assert parameters.scale is not None
         return encode_e2m1(weight / parameters.scale[..., None])
+
+
+def public_reciprocal(
+    tensor_scale: Float[Tensor, ""], scales: Float[Tensor, " scales"]
+) -> Float[Tensor, ""] | None:
+    """Find what other libraries store for a tensor scale, so that they decode the same bfloat16.
+
+    They store its reciprocal g, and grid * (scale / g) is up to two units in the last place of
+    float32 off (grid * scale) * tensor_scale; rarely that crosses a tie of bfloat16.  So g is the
+    float32 nearest to 1 / tensor_scale that avoids it for all of `scales`; None if none does.
+    """
+    points = torch.tensor(MAGNITUDES)[:, None]
+    ours = ((points * scales) * tensor_scale).to(torch.bfloat16)
+    for candidate in _nearby(1 / tensor_scale):
+        theirs = (points * (scales / candidate)).to(torch.bfloat16)
+        if bool(candidate.isfinite()) and torch.equal(theirs, ours):
+            return candidate
+    return None
+
+
+def _nearby(value: Tensor, reach: int = 8) -> Iterator[Tensor]:
+    """Go through a positive float32 and those around it, nearest first, the lower one first."""
+    yield value
+    above, below = value, value
+    for _ in range(reach):
+        below = torch.nextafter(below, torch.zeros_like(value))
+        yield below
+        above = torch.nextafter(above, torch.full_like(value, torch.inf))
+        yield above
 
 
 def encode_e2m1(value: Tensor) -> Tensor:

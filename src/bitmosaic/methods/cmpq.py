@@ -54,7 +54,8 @@ from bitmosaic.methods.base import (
     require_one_of,
     row_worth,
 )
-from bitmosaic.tensor import OUTLIER_DTYPES, QuantizedTensor
+from bitmosaic.stored import OUTLIER_DTYPES
+from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import clip_tile, tile_sizes
 
 KEPT = "fp16"

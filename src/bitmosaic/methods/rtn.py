@@ -15,7 +15,7 @@ import torch
 from bitmosaic import formats
 from bitmosaic.allocation import BudgetError, LayerAllocation, TileCosts
 from bitmosaic.methods.base import BlockScores, BlockView, Method
-from bitmosaic.tensor import permutation_bytes
+from bitmosaic.stored import permutation_bytes
 
 LADDER = tuple(
     f"int{bits}" + (f"-g{group}" if group else "")

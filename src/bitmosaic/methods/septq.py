@@ -60,7 +60,8 @@ from bitmosaic.methods.base import (
     row_worth,
 )
 from bitmosaic.rounding import Factor
-from bitmosaic.tensor import OUTLIER_FORMATS, RESIDUAL, QuantizedTensor, outlier_bytes
+from bitmosaic.stored import OUTLIER_FORMATS, RESIDUAL, outlier_bytes
+from bitmosaic.tensor import QuantizedTensor
 
 SCORES = ("code", "paper")
 SCOPES = ("model", "layer")

@@ -6,7 +6,6 @@ second budget needs neither weights nor statistics.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import bitmosaic
 from bitmosaic import checkpoint
-from bitmosaic.allocation import Allocation, Budget, BudgetError, TileCosts, feasible_range
+from bitmosaic.allocation import Allocation, Budget, BudgetError, feasible_range
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
@@ -29,6 +28,7 @@ from bitmosaic.model.structure import Structure, permute_residual_block
 from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
 from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.score_files import load_scores, save_scores
 from bitmosaic.statistics.activation import ActivationNorms
 
 logger = logging.getLogger(__name__)
@@ -306,79 +306,3 @@ def _renamed(part: BlockScores, prefix: str) -> BlockScores:
         {f"{prefix}.{name}": order for name, order in part.ties.items()},
         {f"{prefix}.{name}": found for name, found in part.inputs.items()},
     )
-
-
-_SIDES = ("in_permutation", "out_permutation", "in_importance", "out_importance")
-
-
-def save_scores(path: Path, part: BlockScores) -> None:
-    """Write a block's tables, so that another budget needs neither weights nor statistics."""
-    tensors: dict[str, Tensor] = {f"{name}.tie": order for name, order in part.ties.items()}
-    described = []
-    for table in part.tables:
-        described.append(
-            {
-                "name": table.name,
-                "shape": table.shape,
-                "tile": table.tile,
-                "formats": table.formats,
-                "outliers": table.outliers,
-                "outlier_format": table.outlier_format,
-                "spare_outliers": table.spare_outliers,
-                "input": next(
-                    (
-                        name
-                        for name, found in part.inputs.items()
-                        if found is part.inputs.get(table.name)
-                    ),
-                    None,
-                ),
-            }
-        )
-        tensors[f"{table.name}.cost"] = table.cost
-        for side in _SIDES:
-            if (values := getattr(table, side)) is not None:
-                tensors[f"{table.name}.{side}"] = values
-    for table, sums in zip(part.tables, part.importance, strict=False):
-        tensors[f"{table.name}.importance"] = sums
-    shared = {id(found): name for name, found in reversed(part.inputs.items())}
-    for name, found in part.inputs.items():
-        if shared[id(found)] == name:
-            for key, tensor in found.tensors().items():
-                tensors[f"{name}.{INPUT_SCORES}.{key}"] = tensor
-    checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
-
-
-def load_scores(path: Path) -> BlockScores | None:
-    """Read what `save_scores` wrote; None where there is nothing yet."""
-    if not path.is_file():
-        return None
-    tensors, metadata = checkpoint.read_tensors(path)
-    tables, importance = [], []
-    inputs: dict[str, InputScores] = {}
-    for described in json.loads(metadata["tables"]):
-        name, shared = described["name"], described["input"]
-        if shared is not None:
-            prefix = f"{shared}.{INPUT_SCORES}."
-            kept = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            inputs[name] = inputs.get(shared) or InputScores.from_tensors(kept)
-        tables.append(
-            TileCosts(
-                name,
-                tuple(described["shape"]),
-                tuple(described["tile"]),
-                tuple(described["formats"]),
-                tensors[f"{name}.cost"],
-                outliers=described["outliers"],
-                outlier_format=described["outlier_format"],
-                spare_outliers=described["spare_outliers"],
-                activations=inputs[name].rule if name in inputs else None,
-                **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
-            )
-        )
-        if f"{name}.importance" in tensors:
-            importance.append(tensors[f"{name}.importance"])
-    ties = {
-        name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
-    }
-    return BlockScores(tables, importance, ties, inputs)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, statistics
+from bitmosaic import backends, checkpoint, statistics
 from bitmosaic.allocation.thresholds import SCORE_PARTS, InputScores, ScoreCounter
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
@@ -333,6 +333,7 @@ class _Backward:
     def _scores(self, sweep: Sweep, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Score the tiles of all inputs, now that it is known what their channels are worth."""
         counters = {}
+        rounding = backends.get("cpu").round_activations
         path = block_file(self._directory, self._index, KINDS["input"])
         for group in self._groups:
             first = group.linears[0]
@@ -346,7 +347,7 @@ class _Backward:
                 "qerr": torch.ones(amax.shape),
                 "output_err": torch.stack(norms).sum(0),
             }
-            counters[first] = ScoreCounter(float(amax.max()), worths)
+            counters[first] = ScoreCounter(float(amax.max()), worths, rounding)
 
         def counting(counter: ScoreCounter) -> Callable[[int, Tensor], None]:
             return lambda _, x: counter.update(x)

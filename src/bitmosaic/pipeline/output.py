@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,8 @@ from bitmosaic.formats.base import packed_bytes
 from bitmosaic.model.inventory import embedding_modules, plain_entries, tensor_bytes
 from bitmosaic.model.source import Source
 from bitmosaic.residuals import stream_bytes
-from bitmosaic.tensor import (
-    OUTLIER_DTYPES,
-    RESIDUAL,
-    QuantizedTensor,
-    drop_unused,
-    index_dtype,
-    map_bits,
-)
+from bitmosaic.stored import OUTLIER_DTYPES, RESIDUAL, index_dtype, map_bits
+from bitmosaic.tensor import QuantizedTensor, drop_unused
 from bitmosaic.tiling import sections
 
 SHARD_BYTES = 5 * 10**9
@@ -117,15 +111,7 @@ class OutputPlan:
 
     def shards(self, layers: Mapping[str, LayerAllocation]) -> list[list[Entry]]:
         """Cut the tensors, in order, into files of at most `shard_bytes` (or one tensor)."""
-        parts: list[list[Entry]] = [[]]
-        size = 0
-        for entry in self.entries(layers):
-            if parts[-1] and size + entry.nbytes > self.shard_bytes:
-                parts.append([])
-                size = 0
-            parts[-1].append(entry)
-            size += entry.nbytes
-        return parts
+        return cut_shards(self.entries(layers), self.shard_bytes)
 
     def fixed_upper_bound(self, tables: Sequence[TileCosts]) -> int:
         """Bytes of all but the quantized matrices' arrays, headers at their longest."""
@@ -236,7 +222,35 @@ def assemble(
 
     `parts` maps each array's full name to the file that holds it.  Tensors are copied one by one.
     """
-    shards = plan.shards(allocation.layers)
+    total = write_shards(
+        plan.shards(allocation.layers),
+        lambda entry: checkpoint.read_tensors(parts[entry.name], [entry.name])[0][entry.name],
+        directory,
+    )
+    copy_companions(plan.source.path, directory)
+    _write_config(plan, allocation, directory)
+    recipe = json.dumps({**facts, "bytes": total}, indent=2, sort_keys=True) + "\n"
+    checkpoint.write_text(directory / "recipe.json", recipe)
+    return total
+
+
+def cut_shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
+    """Cut tensors, in order, into files of at most `shard_bytes` (or one tensor)."""
+    parts: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if parts[-1] and size + entry.nbytes > shard_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.nbytes
+    return parts
+
+
+def write_shards(
+    shards: Sequence[Sequence[Entry]], read: Callable[[Entry], Tensor], directory: Path
+) -> int:
+    """Write tensor files, and an index where they are several; return their bytes."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, entries in enumerate(shards, start=1):
@@ -244,12 +258,7 @@ def assemble(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys((entry.name for entry in entries), file)
-        checkpoint.stream_tensors(
-            directory / file,
-            entries,
-            lambda entry: checkpoint.read_tensors(parts[entry.name], [entry.name])[0][entry.name],
-            METADATA,
-        )
+        checkpoint.stream_tensors(directory / file, entries, read, METADATA)
         total += (directory / file).stat().st_size
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -257,10 +266,6 @@ def assemble(
             directory / "model.safetensors.index.json",
             json.dumps(index, indent=2, sort_keys=True) + "\n",
         )
-    copy_companions(plan.source.path, directory)
-    _write_config(plan, allocation, directory)
-    recipe = json.dumps({**facts, "bytes": total}, indent=2, sort_keys=True) + "\n"
-    checkpoint.write_text(directory / "recipe.json", recipe)
     return total
 
 

@@ -20,7 +20,8 @@ from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import round_scale
 from bitmosaic.residuals import LARGEST, read_stream, write_stream
 from bitmosaic.rounding.factor import damped_hessian
-from bitmosaic.tensor import OUTLIER_DTYPES, QuantizedTensor
+from bitmosaic.stored import OUTLIER_DTYPES
+from bitmosaic.tensor import QuantizedTensor
 
 _MARGIN = 1e-4
 """Share of its error that a row must gain: float32 sums are not known to less."""

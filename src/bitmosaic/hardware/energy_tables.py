@@ -1,0 +1,255 @@
+"""Energies per operation and per byte, each row with its source.
+
+A table has rows of one unit.  Two are of dot products alone:
+
+``synthesis-osu018``    gates of our own RTL in a 180 nm library: of use as ratios only
+``calibrated-paper``    set so that the published point comes out: 70 % FP4 tiles in weights and
+                        activations, 14 % less energy than all-FP8 (Hooper et al. 2025).  It is
+                        a point turned into a line, not a measurement: it cannot confirm the paper.
+
+`with_memory` adds energies per byte from the literature.  They are of other chips and other years
+than the dot products beside them: good for orders of magnitude, not for comparing designs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitmosaic.hardware.workload import MODES
+
+QUANTIZE, WEIGHT_BYTE, ACTIVATION_BYTE = "quantize", "weight byte", "activation byte"
+OPTIONAL = (QUANTIZE, WEIGHT_BYTE, ACTIVATION_BYTE)
+"""Rows that a table may lack: their part is then left out, and an `Energy` names it."""
+
+
+def dot(mode: str) -> str:
+    """Name the row of a dot product of 16 lanes in one mode."""
+    return f"dot {mode}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The energy of one operation: a dot product of 16 lanes, a tile quantized, or a byte read."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Energies of one unit.
+
+    Attributes:
+        name: how the table is called.
+        label: what figures by it are worth; belongs beside every one of them.
+        rows: one for each mode's dot product, and any of OPTIONAL.
+    """
+
+    name: str
+    label: str
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        needed = [dot(mode) for mode in MODES]
+        if sorted(set(names)) != sorted(names) or not set(needed) <= set(names):
+            raise ValueError(
+                f"rows must be one each for {needed} and any of {list(OPTIONAL)}, not {names}."
+            )
+        if unknown := set(names) - {*needed, *OPTIONAL}:
+            raise ValueError(f"rows must be known operations, not {sorted(unknown)}.")
+        if len({row.unit for row in self.rows}) > 1:
+            raise ValueError(
+                f"rows must share one unit, not {sorted({r.unit for r in self.rows})}."
+            )
+        for row in self.rows:
+            if not (math.isfinite(row.value) and row.value >= 0):
+                raise ValueError(f"{row.name} must be finite and at least 0, not {row.value!r}.")
+        if not self.value(dot("88")):
+            raise ValueError("dot 88 must be above 0, since all is measured by it, not 0.")
+
+    @property
+    def unit(self) -> str:
+        """The unit of all rows."""
+        return self.rows[0].unit
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What the table has no energy for."""
+        return tuple(name for name in OPTIONAL if self.value(name) is None)
+
+    def value(self, name: str) -> float | None:
+        """Return a row's energy; None where there is no such row."""
+        return next((row.value for row in self.rows if row.name == name), None)
+
+
+_PROBE = "probe of three separate 16-lane dot products with registers, without the unit of four "
+_PROBE += "modes: yosys and abc on osu018 (180 nm, 1.8 V), toggles of random data times pin "
+_PROBE += "capacitance times V^2 / 2; specification of FGMP, section 9"
+SYNTHESIS_LABEL = (
+    "gates of our own RTL in a 180 nm library, as ratios to FP8 x FP8; not the paper's"
+)
+
+
+def probe_table() -> Table:
+    """Return what a first synthesis gave, for as long as that of the RTL is not measured."""
+    energies = {"44": 120.0, "48": 168.0, "84": 168.0, "88": 245.0}
+    rows = [Row(dot(mode), energy, "pJ", _PROBE) for mode, energy in energies.items()]
+    return Table("synthesis-osu018-probe", SYNTHESIS_LABEL, tuple(rows))
+
+
+def read_synthesis(path: Path, unit: str | None = None, data: str = "realistic") -> Table:
+    """Read the table of our own synthesis from `benchmarks/results/hardware.json`.
+
+    Used are objects with `mode` and an energy in pJ for a tile (`picojoules`, or
+    `energy_pj_per_tile`): modes with two digits of 4 and 8 in them, weight first ("48",
+    "FP4xFP8"), and the unit that quantizes, known by its name.  Of energies measured on several
+    kinds of `data` one kind is taken.  `unit` picks among several dot products; without it they
+    must not contradict each other.
+
+    Raises ValueError where a mode is missing or given twice.
+    """
+    found: dict[str, Row] = {}
+    for entry in json.loads(path.read_text()):
+        key, value = _operation(entry), _picojoules(entry)
+        if key is None or value is None or entry.get("data", data) != data:
+            continue
+        if unit is not None and _unit(entry) != unit and key != QUANTIZE:
+            continue
+        row = Row(key, value, "pJ", _source(entry, path))
+        if found.get(key, row).value != row.value:
+            raise ValueError(
+                f"{path} must give one energy for {key}, not {found[key].value!r} and "
+                f"{row.value!r}. Name the unit to read, such as {_unit(entry)!r}."
+            )
+        found[key] = row
+    if missing := [mode for mode in MODES if dot(mode) not in found]:
+        raise ValueError(
+            f"{path} must give the energy of a tile for the modes {list(MODES)}; {missing} are "
+            f"missing. Run make hardware."
+        )
+    return Table("synthesis-osu018", SYNTHESIS_LABEL, tuple(found.values()))
+
+
+def _unit(entry: dict[str, Any]) -> str:
+    return str(entry.get("unit") or entry.get("name") or "")
+
+
+def _picojoules(entry: dict[str, Any]) -> float | None:
+    value = entry.get("energy_pj_per_tile", entry.get("picojoules"))
+    return None if value is None else float(value)
+
+
+def _operation(entry: dict[str, Any]) -> str | None:
+    """Tell which row an object gives, if any."""
+    mode = str(entry.get("mode", "")).lower()
+    if "quant" in mode or "quant" in _unit(entry).lower():
+        return QUANTIZE
+    digits = "".join(re.findall(r"[48]", mode))
+    return dot(digits) if digits in MODES else None
+
+
+def _source(entry: dict[str, Any], path: Path) -> str:
+    facts = [_unit(entry), *(str(entry[key]) for key in ("library", "data") if entry.get(key))]
+    return ", ".join([f"synthesis of our own RTL ({path.name})", *facts])
+
+
+PAPER_SHARE, PAPER_SAVING = 0.70, 0.14
+"""FGMP's published point: share of FP4 tiles in weights and activations, energy saved."""
+
+
+def calibrated_table() -> Table:
+    """Return the line through all-FP8 and the published point.
+
+    With mixed modes midway between both pure ones, and flags of weights and activations that do
+    not depend on each other, energy falls linearly in the share: e_44 = 1 - saving / share = 0.80.
+    The energy of deciding is within the published saving, hence in no row of its own.
+    """
+    low = 1 - PAPER_SAVING / PAPER_SHARE
+    energies = {"44": low, "48": (1 + low) / 2, "84": (1 + low) / 2, "88": 1.0}
+    source = (
+        f"derived: {PAPER_SAVING:.0%} less at {PAPER_SHARE:.0%} FP4 (arXiv 2504.14152, abstract), "
+        f"mixed modes midway"
+    )
+    rows = [Row(dot(mode), energy, "FP8 dots", source) for mode, energy in energies.items()]
+    return Table("calibrated-paper", "calibrated to the published point, not measured", tuple(rows))
+
+
+MAGNET_DOT = Row(
+    dot("88"),
+    32 * 0.040,
+    "pJ",
+    "literature: 40 fJ an operation at 16 nm (Venkatesan et al., MAGNet, ICCAD 2019: same group, "
+    "8-bit integers), 16 multiplications and 16 additions",
+)
+"""An absolute scale for a table of ratios."""
+
+BYTES = {
+    "hbm2": Row(
+        "byte",
+        8 * 3.92,
+        "pJ",
+        "literature: 3.92 pJ a bit of HBM2, activation and I/O included (O'Connor et al., "
+        "Fine-Grained DRAM, MICRO 2017, doi 10.1145/3123939.3124545)",
+    ),
+    "gddr5": Row(
+        "byte",
+        8 * 14.0,
+        "pJ",
+        "literature: 14.0 pJ a bit of GDDR5 (O'Connor et al., Fine-Grained DRAM, MICRO 2017)",
+    ),
+    "dram-45nm": Row(
+        "byte",
+        640 / 4,
+        "pJ",
+        "literature: 640 pJ for 32 bits of DRAM, 45 nm (Horowitz, ISSCC 2014, as tabulated by "
+        "Han et al., Learning both Weights and Connections, NIPS 2015)",
+    ),
+    "sram-45nm": Row(
+        "byte",
+        5 / 4,
+        "pJ",
+        "literature: 5 pJ for 32 bits of a 32 KB SRAM, 45 nm (Horowitz, ISSCC 2014, as tabulated "
+        "by Han et al., Learning both Weights and Connections, NIPS 2015)",
+    ),
+}
+"""Energies of reading a byte."""
+
+
+def with_memory(
+    table: Table, weights: str = "hbm2", activations: str = "sram-45nm", scale: Row = MAGNET_DOT
+) -> Table:
+    """Add the energy of the bytes read, from two of BYTES.
+
+    A table of ratios is put on the scale of `scale`, the energy of an FP8 dot product; so is one
+    of our own synthesis, whose 180 nm are 16 years older than the memories.
+    """
+    for given in (weights, activations):
+        if given not in BYTES:
+            raise ValueError(f"memory must be one of {sorted(BYTES)}, not {given!r}.")
+    whole = table.value(dot("88"))
+    assert whole is not None
+    rows = [
+        replace(
+            row,
+            value=row.value / whole * scale.value,
+            unit=scale.unit,
+            source=f"{row.source}; as a ratio, times {scale.value:g} pJ ({scale.source})",
+        )
+        for row in table.rows
+        if row.name not in (WEIGHT_BYTE, ACTIVATION_BYTE)
+    ]
+    rows.append(replace(BYTES[weights], name=WEIGHT_BYTE))
+    rows.append(replace(BYTES[activations], name=ACTIVATION_BYTE))
+    return Table(
+        f"{table.name}+{weights}+{activations}",
+        f"{table.label}; bytes by the literature, of other chips",
+        tuple(rows),
+    )

@@ -1,0 +1,85 @@
+"""Scores of a block as a file, so that another budget needs neither weights nor statistics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from bitmosaic import checkpoint
+from bitmosaic.allocation import TileCosts
+from bitmosaic.allocation.thresholds import InputScores
+from bitmosaic.methods.base import BlockScores
+from bitmosaic.pipeline.calibrate import INPUT_SCORES
+
+_SIDES = ("in_permutation", "out_permutation", "in_importance", "out_importance")
+
+
+def save_scores(path: Path, part: BlockScores) -> None:
+    """Write a block's tables; what matrices share an input is kept once."""
+    tensors: dict[str, Tensor] = {f"{name}.tie": order for name, order in part.ties.items()}
+    first: dict[int, str] = {}
+    for name, found in part.inputs.items():
+        if first.setdefault(id(found), name) == name:
+            kept = found.tensors().items()
+            tensors |= {f"{name}.{INPUT_SCORES}.{key}": tensor for key, tensor in kept}
+    described = []
+    for table in part.tables:
+        described.append(
+            {
+                "name": table.name,
+                "shape": table.shape,
+                "tile": table.tile,
+                "formats": table.formats,
+                "outliers": table.outliers,
+                "outlier_format": table.outlier_format,
+                "spare_outliers": table.spare_outliers,
+                "input": first.get(id(part.inputs.get(table.name))),
+            }
+        )
+        tensors[f"{table.name}.cost"] = table.cost
+        for side in _SIDES:
+            if (values := getattr(table, side)) is not None:
+                tensors[f"{table.name}.{side}"] = values
+    for table, sums in zip(part.tables, part.importance, strict=False):
+        tensors[f"{table.name}.importance"] = sums
+    checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
+
+
+def load_scores(path: Path) -> BlockScores | None:
+    """Read what `save_scores` wrote; None where there is nothing yet."""
+    if not path.is_file():
+        return None
+    tensors, metadata = checkpoint.read_tensors(path)
+    tables, importance = [], []
+    shared: dict[str, InputScores] = {}
+    inputs: dict[str, InputScores] = {}
+    for described in json.loads(metadata["tables"]):
+        name, first = described["name"], described["input"]
+        if first is not None:
+            prefix = f"{first}.{INPUT_SCORES}."
+            if first not in shared:
+                kept = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+                shared[first] = InputScores.from_tensors(kept)
+            inputs[name] = shared[first]
+        tables.append(
+            TileCosts(
+                name,
+                tuple(described["shape"]),
+                tuple(described["tile"]),
+                tuple(described["formats"]),
+                tensors[f"{name}.cost"],
+                outliers=described["outliers"],
+                outlier_format=described["outlier_format"],
+                spare_outliers=described["spare_outliers"],
+                activations=inputs[name].rule if name in inputs else None,
+                **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
+            )
+        )
+        if f"{name}.importance" in tensors:
+            importance.append(tensors[f"{name}.importance"])
+    ties = {
+        name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
+    }
+    return BlockScores(tables, importance, ties, inputs)
