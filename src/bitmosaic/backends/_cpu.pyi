@@ -104,3 +104,11 @@ def attend(
     y: int,
 ) -> None:
     """Let queries [queries, width] attend to keys and values [length, width], for tests."""
+
+def round(
+    x: int, type: int, tokens: int, width: int, rule: dict[str, Any], g: int, low: int, threads: int
+) -> tuple[int, int]:
+    """Round x [tokens, width] by a rule into g (float32) and low, a byte a tile of 16.
+
+    Returns how many values were infinite, and how many, those included, beyond the range.
+    """
