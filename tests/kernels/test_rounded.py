@@ -1,4 +1,4 @@
-"""Activations by a rule: the native rounding is Python's bit for bit, products are of its result."""
+"""Activations rounded by a rule: natively as in Python to the bit; products are of the result."""
 
 from __future__ import annotations
 
