@@ -215,7 +215,7 @@ def amortised(rows: Rows) -> Rows:
 
 
 def table(rows: Rows) -> Rows:
-    """List energies of a tile, of realistic data, for `energy_tables.read_synthesis`."""
+    """List energies of a tile, of realistic data, for `energy_tables.synthesis_table`."""
     kept = ("unit", "mode", "data", "picojoules", "ratio")
     return [
         {key: row[key] for key in kept} | {"library": synthesis.LIBRARY, "note": NOTE}

@@ -15,7 +15,7 @@ import hardware
 import hardware_checks as checks
 import hardware_energy as energy
 import hardware_synthesis as synthesis
-from bitmosaic.hardware.energy_tables import QUANTIZE, read_synthesis
+from bitmosaic.hardware.energy_tables import QUANTIZE, synthesis_table
 from hardware_vectors import Vectors
 
 needs_iverilog = pytest.mark.skipif(
@@ -100,12 +100,7 @@ def test_packaged_energies_are_those_of_the_recorded_run() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "hardware.json").read_text())
     table = json.loads((ROOT / "src/bitmosaic/hardware/osu018.json").read_text())
     assert energy.table(rows) == table
-    packaged = read_synthesis(ROOT / "src/bitmosaic/hardware/osu018.json")
-    recorded = read_synthesis(ROOT / "benchmarks" / "results" / "hardware.json")
-    assert [(row.name, row.value) for row in packaged.rows] == [
-        (row.name, row.value) for row in recorded.rows
-    ]
-    assert packaged.value(QUANTIZE) is not None
+    assert synthesis_table().value(QUANTIZE) is not None
     ratios = {row["mode"]: row["ratio"] for row in table if row["unit"] == "dot16"}
     assert ratios["88"] == 1
     assert ratios["44"] < min(ratios["48"], ratios["84"])

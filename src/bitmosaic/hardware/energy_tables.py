@@ -98,13 +98,15 @@ def synthesis_table() -> Table:
 
     The file beside this one holds it, written by `make hardware` with ``--table``.
     """
-    rows = []
-    for entry in json.loads((files(__package__) / "osu018.json").read_text()):
-        if entry["operation"] == "dot16":
-            name, lanes = dot(entry["mode"]), 16
-        else:
-            name, lanes = QUANTIZE, 1
-        rows.append(Row(name, entry["femtojoules"] * lanes / 1000, "pJ", entry["source"]))
+    rows = [
+        Row(
+            dot(entry["mode"]) if entry["unit"] == "dot16" else QUANTIZE,
+            entry["picojoules"],
+            "pJ",
+            f"make hardware: gate-level toggles times pin capacitance. {entry['note']}",
+        )
+        for entry in json.loads((files(__package__) / "osu018.json").read_text())
+    ]
     return Table("synthesis-osu018", SYNTHESIS_LABEL, tuple(rows))
 
 
