@@ -1,4 +1,4 @@
-"""Activations by a rule: the native rounding is Python's bit for bit, products are of its result."""
+"""Activations by a rule: natively rounded bit for bit as by Python; products are of the result."""
 
 from __future__ import annotations
 
