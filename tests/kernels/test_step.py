@@ -140,7 +140,9 @@ def test_strips_and_rules(threads: None, rounded: bool, tmp_path: Path) -> None:
     model(prompt[:, :10], past_key_values=cache)
     _, lean = proved(model, prompt[:, 10:11], cache)
     expected = run(model, lean, prompt, 10)
-    if rounded:  # the last bit of a norm may decide a rounding to FP8, 2^-4 of a value: no bound holds
+    if (
+        rounded
+    ):  # the last bit of a norm may decide a rounding to FP8, 2^-4 of a value: no bound holds
         assert not torch.equal(found[0], plain)
         assert found[0].isfinite().all()
     else:
