@@ -1,4 +1,4 @@
-"""Activations rounded by a rule: natively as in Python to the bit; products are of the result."""
+"""Activations by a rule: natively rounded bit for bit as by Python; products are of the result."""
 
 from __future__ import annotations
 
