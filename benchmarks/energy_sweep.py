@@ -1,6 +1,6 @@
 """Relative energy over the share of FP4 tiles, of a decoder block as large as Llama-2-7B's.
 
-    python benchmarks/energy_sweep.py [--synthesis benchmarks/results/hardware.json] --json OUT
+    python benchmarks/energy_sweep.py --json OUT
 
 No model is run: weights and activations have the same share, spread evenly, so that the four modes
 have the products of shares.  By dot products alone the result depends on the share only; with the
@@ -18,8 +18,7 @@ from bitmosaic.hardware.energy import energy
 from bitmosaic.hardware.energy_tables import (
     Table,
     calibrated_table,
-    probe_table,
-    read_synthesis,
+    synthesis_table,
     with_memory,
 )
 from bitmosaic.hardware.tiles import Activations, Weights
@@ -71,12 +70,10 @@ def run(table: Table, reading: str, tokens_per_reading: int | None) -> list[dict
 def main() -> int:
     """Sweep by every table, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--synthesis", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    path = arguments.synthesis
     rows: list[dict[str, Any]] = []
-    for table in (calibrated_table(), probe_table() if path is None else read_synthesis(path)):
+    for table in (calibrated_table(), synthesis_table()):
         rows += run(table, "dots alone", None)
         rows += run(with_memory(table), "prompt", None)
         rows += run(with_memory(table), "single tokens", 1)

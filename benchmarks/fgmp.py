@@ -34,7 +34,7 @@ from bitmosaic.allocation.thresholds import InputScores, pooled
 from bitmosaic.evaluation.divergence import divergence
 from bitmosaic.evaluation.shares import ActivationShares, observed_shares
 from bitmosaic.hardware.energy import energy
-from bitmosaic.hardware.energy_tables import calibrated_table, probe_table, read_synthesis
+from bitmosaic.hardware.energy_tables import calibrated_table, synthesis_table
 from bitmosaic.hardware.tiles import Activations
 from bitmosaic.hardware.workload import Workload
 from bitmosaic.linear import QuantizedLinear, set_activations
@@ -43,15 +43,11 @@ from bitmosaic.model.source import Source
 from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import structures
 from fgmp_checks import checks
-from quality import CASES, ROOT, Case, Remembered
+from quality import CASES, Case, Remembered
 
 SHARES = (0.5, 0.7, 0.8, 0.9)
 WINDOWS = {"stdlib-llama": 120, "stories260k": 100, "mygpt-shakespeare-opt": 320}
 """Held-out sequences of each model: some 30,000, 20,000 and 20,000 tokens."""
-
-
-HARDWARE = ROOT / "benchmarks/results/hardware.json"
-SYNTHESIS = read_synthesis(HARDWARE) if HARDWARE.is_file() else probe_table()
 
 
 @dataclass(frozen=True)
@@ -181,8 +177,7 @@ def energies(model: PreTrainedModel, shares: ActivationShares | None) -> dict[st
     work = Workload.of(matrices, met, inputs)
     return {
         "energy_calibrated": energy(work, calibrated_table()).relative,
-        "energy_synthesis": energy(work, SYNTHESIS).relative,
-        "energy_synthesis_table": SYNTHESIS.name,
+        "energy_synthesis": energy(work, synthesis_table()).relative,
     }
 
 

@@ -20,6 +20,7 @@ that is there already, rows of parts that are not run are kept.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -48,6 +49,7 @@ from contenders import (
 from figures import at_least, at_most, finish
 from matrices import CHANNELS_3, MIX_2, MIX_3, MIX_4, TILE, random_tensor
 from probes import Probes
+from strips import measure_strips
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 14336))
 OUTLIERS = 0.0045
@@ -359,7 +361,12 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
-PARTS = {"one_token": one_token, "batches": batches, "overhead": overhead}
+PARTS = {
+    "one_token": one_token,
+    "batches": batches,
+    "overhead": overhead,
+    "fgmp": functools.partial(measure_strips, run=_run, reading=Reading),
+}
 
 
 def main() -> int:

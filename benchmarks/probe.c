@@ -23,6 +23,7 @@ typedef struct {
     atomic_int waiting;
     const uint8_t *bytes; /* null: peak */
     size_t size;          /* bytes to read in all, or rounds of the register loop of each thread */
+    int floats;           /* of that loop */
 } Job;
 
 typedef struct {
@@ -84,6 +85,28 @@ static uint64_t multiply(size_t rounds) {
 #endif
 }
 
+/* 12 float multiply-adds a round, of whole vectors; returns something that depends on all of them. */
+static uint64_t multiply_floats(size_t rounds) {
+#if defined(__AVX512F__)
+    typedef __m512 Vector;
+#elif defined(__FMA__)
+    typedef __m256 Vector;
+#endif
+#if defined(__FMA__)
+    Vector s0 = {1}, s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0, sa = s0, sb = s0;
+    const Vector half = {0.5f};
+#define FMA(sum) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(sum) : "x"(half))
+    for (size_t i = 0; i < rounds; i++) {
+        FMA(s0); FMA(s1); FMA(s2); FMA(s3); FMA(s4); FMA(s5);
+        FMA(s6); FMA(s7); FMA(s8); FMA(s9); FMA(sa); FMA(sb);
+    }
+    s0 += s1 + s2 + s3 + s4 + s5 + s6 + s7 + s8 + s9 + sa + sb;
+    return (uint64_t)s0[0];
+#else
+    return rounds;
+#endif
+}
+
 static void *work(void *argument) {
     Share *share = argument;
     Job *job = share->job;
@@ -94,7 +117,7 @@ static void *work(void *argument) {
         size_t part = job->size / (size_t)job->threads / 4096 * 4096;
         share->result = read_all(job->bytes + part * (size_t)share->index, part);
     } else {
-        share->result = multiply(job->size);
+        share->result = job->floats ? multiply_floats(job->size) : multiply(job->size);
     }
     share->end = now();
     return NULL;
@@ -138,6 +161,23 @@ double probe_read(const void *bytes, size_t size, int threads) {
 double probe_multiply(size_t rounds, int threads) {
     Job job = {.threads = threads, .size = rounds};
     return run(&job);
+}
+
+/* Seconds for `rounds` of 12 multiply-adds of vectors on each thread. */
+double probe_multiply_floats(size_t rounds, int threads) {
+    Job job = {.threads = threads, .size = rounds, .floats = 1};
+    return run(&job);
+}
+
+/* Floats of a vector; 0 where there are no fused multiply-adds. */
+int probe_floats(void) {
+#if defined(__AVX512F__)
+    return 16;
+#elif defined(__FMA__)
+    return 8;
+#else
+    return 0;
+#endif
 }
 
 int probe_has_dot_products(void) {

@@ -35,6 +35,20 @@ class Probes:
         """Tell whether this CPU has 8-bit dot products (AVX-512 VNNI)."""
         return bool(self._library.probe_has_dot_products())
 
+    @property
+    def floats(self) -> int:
+        """Floats of a vector; 0 where the CPU has no fused multiply-adds."""
+        return int(self._library.probe_floats())
+
+    @property
+    def float_operations(self) -> int:
+        """Operations of each thread in one call of `multiply_floats`."""
+        return 2 * 12 * self.floats * _ROUNDS
+
+    def multiply_floats(self, threads: int) -> float:
+        """Multiply and add float32 in registers on each thread; seconds."""
+        return _checked(self._library.probe_multiply_floats(_ROUNDS, threads))
+
     def read(self, threads: int) -> float:
         """Read one slice, shared among the threads; seconds."""
         self._turn = (self._turn + 1) % _SLICES
@@ -61,6 +75,8 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(target))
     library.probe_memory.restype = ctypes.c_void_p
     library.probe_memory.argtypes = [ctypes.c_size_t]
+    library.probe_multiply_floats.restype = ctypes.c_double
+    library.probe_multiply_floats.argtypes = [ctypes.c_size_t, ctypes.c_int]
     library.probe_read.restype = ctypes.c_double
     library.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.probe_multiply.restype = ctypes.c_double

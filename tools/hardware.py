@@ -107,7 +107,7 @@ def measure(folder: Path, random: int, jobs: int) -> Iterator[dict[str, Any]]:
                 folder / f"{unit}{mode}{level}",
             )
             for unit in checks.SHAPES
-            for mode in (checks.MODES if unit == "dot16" else ["bf16"])
+            for mode in ([*checks.MODES, "mixed"] if unit == "dot16" else ["bf16"])
             for level, netlist in (("rtl", None), ("gates", netlists[unit]))
         ]
         joules = [pool.submit(job) for job in energy.jobs(netlists, library, folder)]

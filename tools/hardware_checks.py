@@ -100,13 +100,13 @@ def check_quantize16(folder: Path, mantissa: int, rows: int) -> Iterator[dict[st
 
 
 def clocked_vectors(unit: str, mode: str, rows: int, seed: int) -> Vectors:
-    """`rows` vectors for a registered unit, drawn from all kinds of its suite."""
-    suite = (
-        hardware_vectors.dot16_suite(MODES[mode], rows, seed)
-        if unit == "dot16"
-        else hardware_vectors.quantize16_suite(7, rows, seed, registered=True)
-    )
-    return hardware_vectors.sample([batch for _, batch in suite], rows, seed)
+    """Draw `rows` vectors for a registered unit from all kinds of its suite; mixed: all modes."""
+    batches: list[tuple[str, Vectors]] = []
+    if unit == "quantize16":
+        batches += hardware_vectors.quantize16_suite(7, rows, seed, registered=True)
+    for name in MODES if mode == "mixed" else {mode} & MODES.keys():
+        batches += hardware_vectors.dot16_suite(MODES[name], rows, seed)
+    return hardware_vectors.sample([batch for _, batch in batches], rows, seed)
 
 
 def check_clocked(

@@ -34,8 +34,8 @@ Rows = list[dict[str, Any]]
 def synthesized(unit: str, folder: Path, library: Library) -> tuple[Netlist, dict[str, Any]]:
     """Synthesize a registered unit; returns it and its row of the area table.
 
-    dot16 is flattened before mapping; of quantize16 one lane is mapped once (16 s in place of 80,
-    area 5 % larger).
+    dot16 is flattened before mapping; of quantize16 one lane is mapped for all (16 s in
+    place of 80, area 5 % larger).
     """
     parameters = {"MANT": 7} if unit == "quantize16" else {}
     top = f"{unit}_registered"
@@ -215,24 +215,10 @@ def amortised(rows: Rows) -> Rows:
 
 
 def table(rows: Rows) -> Rows:
-    """List energies per operation for `bitmosaic.hardware.energy`, from realistic data."""
-    source = (
-        f"our synthesis, gate-level toggles times pin capacitance; {synthesis.LIBRARY}; embedded "
-        "model's weights and Gaussian activations; not the paper's figures"
-    )
-    listed = []
-    for row in rows:
-        if row["part"] != "energy" or row["data"] != REAL or row["mode"] == "mixed":
-            continue
-        dot = row["unit"] == "dot16"
-        listed.append(
-            {
-                "operation": row["unit"],
-                "mode": row["mode"],
-                "per": "multiply-accumulate" if dot else "tile of 16 activations",
-                "femtojoules": row["femtojoules_per_mac"] if dot else row["picojoules"] * 1000,
-                "ratio": row["ratio"],
-                "source": source,
-            }
-        )
-    return listed
+    """List energies of a tile, of realistic data, for `energy_tables.synthesis_table`."""
+    kept = ("unit", "mode", "data", "picojoules", "ratio")
+    return [
+        {key: row[key] for key in kept} | {"library": synthesis.LIBRARY, "note": NOTE}
+        for row in rows
+        if row["part"] == "energy" and row["data"] == REAL and row["mode"] != "mixed"
+    ]

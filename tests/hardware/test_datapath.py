@@ -136,7 +136,6 @@ def test_thresholds_below_zero_never_pass_and_nan_is_refused() -> None:
         datapath.threshold_code(float("nan"))
 
 
-@pytest.mark.slow
 def test_decisions_are_the_software_rules_except_within_its_rounding() -> None:
     rows = 1_000_000
     rng = np.random.default_rng(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 import hardware
 import hardware_checks as checks
+import hardware_energy as energy
 import hardware_synthesis as synthesis
+from bitmosaic.hardware.energy_tables import QUANTIZE, synthesis_table
 from hardware_vectors import Vectors
 
 needs_iverilog = pytest.mark.skipif(
@@ -22,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @needs_iverilog
-@pytest.mark.parametrize("mode", checks.MODES)
+@pytest.mark.parametrize("mode", [*checks.MODES, "mixed"])
 def test_dot16_equals_its_model(mode: str, tmp_path: Path) -> None:
     assert checks.check_clocked("dot16", mode, None, 300, tmp_path)["mismatches"] == 0
 
@@ -91,3 +94,15 @@ def test_energy_is_half_v_squared_c_a_toggle() -> None:
     total, clock = synthesis.energy_per_cycle(netlist, toggles, library, 10)
     assert np.isclose(clock, 2.0 * 1e-14 * 2, rtol=1e-12)
     assert np.isclose(total, 2.0 * (2e-14 * 3 + 1e-14 * 2), rtol=1e-12)
+
+
+def test_packaged_energies_are_those_of_the_recorded_run() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "hardware.json").read_text())
+    table = json.loads((ROOT / "src/bitmosaic/hardware/osu018.json").read_text())
+    assert energy.table(rows) == table
+    assert synthesis_table().value(QUANTIZE) is not None
+    ratios = {row["mode"]: row["ratio"] for row in table if row["unit"] == "dot16"}
+    assert ratios["88"] == 1
+    assert ratios["44"] < min(ratios["48"], ratios["84"])
+    assert max(ratios["48"], ratios["84"]) < 1
+    assert not any(row.get("mismatches") for row in rows)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitmosaic.activations import ActivationRule
 from bitmosaic.backends import _cpu
 from bitmosaic.backends.cpu import _describe
-from bitmosaic.tensor import ARRAYS
+from bitmosaic.tensor import ARRAYS, QuantizedTensor
 from kernels.cases import mixture
 
 TENSOR = mixture(
@@ -22,15 +23,20 @@ TENSOR = mixture(
     permuted=True,
     outliers=0.02,
 )
+STRIPS = mixture(
+    ("nvfp4", "fp8-e4m3-tensor", "pruned"), (70, 200), (1, 16), permuted=True, outliers=0.02
+).with_activations(
+    ActivationRule(("nvfp4", "fp8-e4m3-tensor"), 0.01, 0.5, torch.linspace(0, 448, 200))
+)
 LARGE = (-(2**63), -(2**31), -1, 0, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)
 
 
 class Described:
     """A tensor as the binding takes it, whose parts may be damaged; owns the memory."""
 
-    def __init__(self) -> None:
-        self.facts, self._alive = _describe(TENSOR)
-        self.arrays = {name: array.clone() for name, array in TENSOR.arrays().items()}
+    def __init__(self, tensor: QuantizedTensor = TENSOR) -> None:
+        self.facts, self._alive = _describe(tensor)
+        self.arrays = {name: array.clone() for name, array in tensor.arrays().items()}
 
     def given(self) -> dict[str, Any]:
         """Hand over addresses and sizes."""
@@ -97,7 +103,35 @@ INVALID: dict[str, Callable[[Described], None]] = {
 }
 
 
-def lengths() -> dict[str, Callable[[Described], None]]:
+def rule(place: int, *octets: int) -> Callable[[Described], None]:
+    def damage(described: Described) -> None:
+        stored = described.arrays["activation_rule"]
+        stored[place : place + len(octets)] = torch.tensor(octets, dtype=torch.uint8)
+
+    return damage
+
+
+INVALID_STRIPS: dict[str, Callable[[Described], None]] = {
+    "a rule of no scale": rule(0, 0, 0, 0, 0),
+    "a rule of a negative scale": rule(0, 0, 0, 128, 191),
+    "a rule of an infinite scale": rule(0, 0, 0, 128, 127),
+    "a rule whose scale has no reciprocal": rule(0, 1, 0, 0, 0),
+    "a threshold that is no number": rule(4, 0, 0, 192, 127),
+    "a sensitivity that is no number": rule(8, 0x7F),
+    "a negative sensitivity": rule(207, 0x81),
+    "one format of activations": fact("activation_low", False),
+    "no formats of activations": lambda d: d.facts.update(
+        activation_low=False, activation_high=False
+    ),
+    "a row more": fact("out", 71),
+    "a column less": fact("in", 199),
+    "wider tiles": fact("tile_columns", 32),
+    "other groups": of_format(0, "group", 8),
+    "scales where there were none": of_format(1, "scale", "e4m3"),
+}
+
+
+def lengths(tensor: QuantizedTensor) -> dict[str, Callable[[Described], None]]:
     """Make every array too short, too long, and empty."""
 
     def shorten(name: str, count: int) -> Callable[[Described], None]:
@@ -109,7 +143,7 @@ def lengths() -> dict[str, Callable[[Described], None]]:
     def lose(name: str) -> Callable[[Described], None]:
         return lambda d: d.arrays.pop(name)
 
-    present = [name for name in ARRAYS if name in TENSOR.arrays() and name != "tensor_scales"]
+    present = [name for name in ARRAYS if name in tensor.arrays() and name != "tensor_scales"]
     damages: dict[str, Callable[[Described], None]] = {}
     for name in present:
         damages[f"{name}, one less"] = shorten(name, 1)
@@ -120,13 +154,21 @@ def lengths() -> dict[str, Callable[[Described], None]]:
     return damages
 
 
-INVALID |= lengths()
+INVALID |= lengths(TENSOR)
+INVALID_STRIPS |= lengths(STRIPS)
 
 
-@pytest.mark.parametrize("what", INVALID)
-def test_what_does_not_fit_together_is_refused(what: str) -> None:
-    described = Described()
-    INVALID[what](described)
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (tensor, what)
+        for tensor, each in ((TENSOR, INVALID), (STRIPS, INVALID_STRIPS))
+        for what in each
+    ],
+)
+def test_what_does_not_fit_together_is_refused(tensor: QuantizedTensor, what: str) -> None:
+    described = Described(tensor)
+    (INVALID if tensor is TENSOR else INVALID_STRIPS)[what](described)
     with pytest.raises((ValueError, OverflowError)) as refused:
         _cpu.pack(described.given(), 1)
     assert str(refused.value)
@@ -134,8 +176,9 @@ def test_what_does_not_fit_together_is_refused(what: str) -> None:
         _cpu.planned_bytes(described.given())
 
 
-def test_what_fits_is_accepted() -> None:
-    described = Described()
+@pytest.mark.parametrize("tensor", [TENSOR, STRIPS])
+def test_what_fits_is_accepted(tensor: QuantizedTensor) -> None:
+    described = Described(tensor)
     handle = _cpu.pack(described.given(), 1)
     assert _cpu.bytes(handle) == _cpu.planned_bytes(described.given())
     _cpu.release(handle)
@@ -146,13 +189,14 @@ def test_what_fits_is_accepted() -> None:
             use(1 << 40)
 
 
+@pytest.mark.parametrize("tensor", [TENSOR, STRIPS])
 @pytest.mark.parametrize("seed", range(8))
-def test_random_damage_is_refused_or_harmless(seed: int) -> None:
+def test_random_damage_is_refused_or_harmless(seed: int, tensor: QuantizedTensor) -> None:
     """Whatever is accepted runs: under the sanitizers no access is out of bounds."""
     dice = random.Random(seed)
     refused = 0
     for _ in range(60):
-        described = Described()
+        described = Described(tensor)
         for _ in range(dice.randint(1, 3)):
             damage(described, dice)
         try:

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 import bitmosaic
 from architectures import tiny, tokens
+from bitmosaic.activations import ActivationRule
 from bitmosaic.backends import _cpu
 from bitmosaic.evaluation.cache import growing_cache
 from bitmosaic.evaluation.decoding import proved
 from bitmosaic.evaluation.fused import FusedStep, fused
-from bitmosaic.linear import set_activations
+from bitmosaic.linear import QuantizedLinear, set_activations
 from packed import pack_model
 
 UNIT = 2.0**-24
@@ -116,6 +117,36 @@ def test_all_levels_and_threads_give_the_same_bits(threads: None, tmp_path: Path
             found.append(run(model, step, prompt, 1))
     _cpu.use_level(before)
     assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@torch.inference_mode()
+def test_strips_and_rules(threads: None, rounded: bool, tmp_path: Path) -> None:
+    """Equal bits at any number of threads; without rules those of the modules but for roundings."""
+    pack_model(tiny("llama"), tmp_path, ("nvfp4", "fp8-e4m3-tensor"))
+    model, prompt = bitmosaic.load(tmp_path, dtype=torch.float32), tokens(1, 20)
+    plain = run(model, fused(model), prompt, 10)
+    for module in model.model.layers.modules() if rounded else ():
+        for name, child in module.named_children():
+            if isinstance(child, QuantizedLinear):
+                rule = ActivationRule(("fp8-e4m3-tensor",), 0.01)
+                setattr(module, name, QuantizedLinear(child.packed.with_activations(rule)))
+    step, found = fused(model), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(run(model, step, prompt, 10))
+    assert torch.equal(*found)
+    cache = growing_cache(model.config)
+    model(prompt[:, :10], past_key_values=cache)
+    _, lean = proved(model, prompt[:, 10:11], cache)
+    expected = run(model, lean, prompt, 10)
+    if (
+        rounded
+    ):  # the last bit of a norm may decide a rounding to FP8, 2^-4 of a value: no bound holds
+        assert not torch.equal(found[0], plain)
+        assert found[0].isfinite().all()
+    else:
+        torch.testing.assert_close(found[0], expected)
 
 
 @torch.inference_mode()

@@ -57,7 +57,7 @@ def int8_product(x: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
     x = x if tensor.in_permutation is None else x[..., tensor.in_permutation.long()]
     x, delta = x.detach()[..., gathered], delta[:, gathered]
     value, stepped = held.value[:, gathered], held.stepped[:, gathered]
-    whole = integer_columns(held.kind)[:, gathered]
+    whole = integer_columns(held.kind)[:, gathered] & (not is_strips(tensor))
     if scale is None:
         rounded = round_to_int8(x)[0]
     else:
@@ -71,6 +71,30 @@ def int8_product(x: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
         return exact, magnitude
     order = invert(tensor.out_permutation.long())
     return exact[..., order], magnitude[..., order]
+
+
+def is_strips(tensor: QuantizedTensor) -> bool:
+    """Tell whether all tiles of 16 columns are of at most two formats that strips hold.
+
+    These are a fixed grid of 4 bits with a byte of scale for the 16, and one of 8 bits without;
+    with the latter alone, only where tiles are less than a cell.
+    """
+    rows, columns = tensor.tile
+    if columns % 16 and columns < tensor.shape[1]:
+        return False
+    used = {section.format for section, *_ in tensor.sections() if section.format.bits}
+
+    def fits(fmt: Format) -> bool:
+        if fmt.is_affine or fmt.learned_grid is not None:
+            return False
+        if fmt.bits == 8:
+            return fmt.scale_format is None
+        alone = fmt.group == 16 or min(columns, tensor.shape[1]) <= 16
+        return fmt.bits == 4 and fmt.scale_format in ("e4m3", "e8m0") and alone
+
+    narrow = any(fmt.bits == 4 for fmt in used) or min(rows, tensor.shape[0]) < PANEL
+    narrow |= min(columns, tensor.shape[1]) < 128
+    return 0 < len(used) <= 2 and all(map(fits, used)) and narrow
 
 
 def hold(tensor: QuantizedTensor) -> Held:

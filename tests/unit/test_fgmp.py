@@ -360,7 +360,7 @@ def written_plan(model: Case, tmp_path: Path, energy: float, **parameters: Any) 
     )
 
 
-@pytest.mark.parametrize("parameters", [{}, {"energy_table": "synthesis-osu018-probe"}])
+@pytest.mark.parametrize("parameters", [{}, {"energy_table": "synthesis-osu018"}])
 def test_an_energy_budget_is_met_with_as_few_low_tiles_as_possible(
     model: Case, tmp_path: Path, parameters: dict[str, Any]
 ) -> None:

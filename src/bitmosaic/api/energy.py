@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from bitmosaic.allocation import BudgetError, LayerAllocation
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.hardware.energy import Energy, energy
-from bitmosaic.hardware.energy_tables import Table, calibrated_table, probe_table
+from bitmosaic.hardware.energy_tables import Table, calibrated_table, synthesis_table
 from bitmosaic.hardware.tiles import Activations
 from bitmosaic.hardware.workload import Workload
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores
 
-TABLES = {"calibrated-paper": calibrated_table, "synthesis-osu018-probe": probe_table}
+TABLES = {"calibrated-paper": calibrated_table, "synthesis-osu018": synthesis_table}
 DEFAULT_TABLE = "calibrated-paper"
 
 

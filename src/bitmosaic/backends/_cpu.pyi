@@ -36,21 +36,6 @@ def rows(
 ) -> None:
     """Decode the rows at int64 indices [count] into y [count, width]."""
 
-def round(
-    x: int,
-    type: int,
-    tokens: int,
-    width: int,
-    rule: dict[str, Any],
-    values: int,
-    low: int,
-    threads: int,
-) -> tuple[int, int]:
-    """Round x [tokens, width] by a rule into values (float32) and low (a byte a tile).
-
-    Returns how many values were infinite, and how many lay beyond the range.
-    """
-
 def page_out(address: int, size: int) -> int:
     """Give back the whole pages of a range of a mapped file; returns how many bytes that were.
 
@@ -104,3 +89,11 @@ def attend(
     y: int,
 ) -> None:
     """Let queries [queries, width] attend to keys and values [length, width], for tests."""
+
+def round(
+    x: int, type: int, tokens: int, width: int, rule: dict[str, Any], g: int, low: int, threads: int
+) -> tuple[int, int]:
+    """Round x [tokens, width] by a rule into g (float32) and low, a byte a tile of 16.
+
+    Returns how many values were infinite, and how many, those included, beyond the range.
+    """

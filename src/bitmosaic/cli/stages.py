@@ -102,7 +102,7 @@ def allocate(
         ),
     ] = None,
     energy_table: Annotated[
-        str, typer.Option(help="Energies: calibrated-paper or synthesis-osu018-probe.")
+        str, typer.Option(help="Energies: calibrated-paper or synthesis-osu018.")
     ] = "calibrated-paper",
     method: Annotated[str, typer.Option(help=METHODS)] = "sfmp",
     statistics: Annotated[

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from importlib.resources import files
 
 from bitmosaic.hardware.workload import MODES
 
@@ -90,75 +88,26 @@ class Table:
         return next((row.value for row in self.rows if row.name == name), None)
 
 
-_PROBE = "probe of three separate 16-lane dot products with registers, without the unit of four "
-_PROBE += "modes: yosys and abc on osu018 (180 nm, 1.8 V), toggles of random data times pin "
-_PROBE += "capacitance times V^2 / 2; specification of FGMP, section 9"
 SYNTHESIS_LABEL = (
     "gates of our own RTL in a 180 nm library, as ratios to FP8 x FP8; not the paper's"
 )
 
 
-def probe_table() -> Table:
-    """Return what a first synthesis gave, for as long as that of the RTL is not measured."""
-    energies = {"44": 120.0, "48": 168.0, "84": 168.0, "88": 245.0}
-    rows = [Row(dot(mode), energy, "pJ", _PROBE) for mode, energy in energies.items()]
-    return Table("synthesis-osu018-probe", SYNTHESIS_LABEL, tuple(rows))
+def synthesis_table() -> Table:
+    """Return what `make hardware` measured on the gates of `rtl/`, in pJ a tile of 16 lanes.
 
-
-def read_synthesis(path: Path, unit: str | None = None, data: str = "realistic") -> Table:
-    """Read the table of our own synthesis from `benchmarks/results/hardware.json`.
-
-    Used are objects with `mode` and an energy in pJ for a tile (`picojoules`, or
-    `energy_pj_per_tile`): modes with two digits of 4 and 8 in them, weight first ("48",
-    "FP4xFP8"), and the unit that quantizes, known by its name.  Of energies measured on several
-    kinds of `data` one kind is taken.  `unit` picks among several dot products; without it they
-    must not contradict each other.
-
-    Raises ValueError where a mode is missing or given twice.
+    The file beside this one holds it, written by `make hardware` with ``--table``.
     """
-    found: dict[str, Row] = {}
-    for entry in json.loads(path.read_text()):
-        key, value = _operation(entry), _picojoules(entry)
-        if key is None or value is None or entry.get("data", data) != data:
-            continue
-        if unit is not None and _unit(entry) != unit and key != QUANTIZE:
-            continue
-        row = Row(key, value, "pJ", _source(entry, path))
-        if found.get(key, row).value != row.value:
-            raise ValueError(
-                f"{path} must give one energy for {key}, not {found[key].value!r} and "
-                f"{row.value!r}. Name the unit to read, such as {_unit(entry)!r}."
-            )
-        found[key] = row
-    if missing := [mode for mode in MODES if dot(mode) not in found]:
-        raise ValueError(
-            f"{path} must give the energy of a tile for the modes {list(MODES)}; {missing} are "
-            f"missing. Run make hardware."
+    rows = [
+        Row(
+            dot(entry["mode"]) if entry["unit"] == "dot16" else QUANTIZE,
+            entry["picojoules"],
+            "pJ",
+            f"make hardware: gate-level toggles times pin capacitance. {entry['note']}",
         )
-    return Table("synthesis-osu018", SYNTHESIS_LABEL, tuple(found.values()))
-
-
-def _unit(entry: dict[str, Any]) -> str:
-    return str(entry.get("unit") or entry.get("name") or "")
-
-
-def _picojoules(entry: dict[str, Any]) -> float | None:
-    value = entry.get("energy_pj_per_tile", entry.get("picojoules"))
-    return None if value is None else float(value)
-
-
-def _operation(entry: dict[str, Any]) -> str | None:
-    """Tell which row an object gives, if any."""
-    mode = str(entry.get("mode", "")).lower()
-    if "quant" in mode or "quant" in _unit(entry).lower():
-        return QUANTIZE
-    digits = "".join(re.findall(r"[48]", mode))
-    return dot(digits) if digits in MODES else None
-
-
-def _source(entry: dict[str, Any], path: Path) -> str:
-    facts = [_unit(entry), *(str(entry[key]) for key in ("library", "data") if entry.get(key))]
-    return ", ".join([f"synthesis of our own RTL ({path.name})", *facts])
+        for entry in json.loads((files(__package__) / "osu018.json").read_text())
+    ]
+    return Table("synthesis-osu018", SYNTHESIS_LABEL, tuple(rows))
 
 
 PAPER_SHARE, PAPER_SAVING = 0.70, 0.14
@@ -170,7 +119,7 @@ def calibrated_table() -> Table:
 
     With mixed modes midway between both pure ones, and flags of weights and activations that do
     not depend on each other, energy falls linearly in the share: e_44 = 1 - saving / share = 0.80.
-    The energy of deciding is within the published saving, hence in no row of its own.
+    The point is taken as a whole: whether it includes deciding is not known, so that has no row.
     """
     low = 1 - PAPER_SAVING / PAPER_SHARE
     energies = {"44": low, "48": (1 + low) / 2, "84": (1 + low) / 2, "88": 1.0}

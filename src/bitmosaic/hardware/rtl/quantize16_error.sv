@@ -23,17 +23,8 @@ module quantize16_error (
         end
     endgenerate
 
-    logic [8*61-1:0] eight;
-    logic [4*61-1:0] four;
     logic [2*61-1:0] two;
-    generate
-        for (k = 0; k < 4; k = k + 1) begin : fours
-            compress4 #(.WIDTH(61)) part (.terms(terms[244*k+:244]), .pair(eight[122*k+:122]));
-        end
-    endgenerate
-    compress4 #(.WIDTH(61)) low_half (.terms(eight[0+:244]), .pair(four[0+:122]));
-    compress4 #(.WIDTH(61)) high_half (.terms(eight[244+:244]), .pair(four[122+:122]));
-    compress4 #(.WIDTH(61)) both (.terms(four), .pair(two));
+    compress16 #(.WIDTH(61)) tree (.terms(terms), .pair(two));
     assign error = two[0+:61] + two[61+:61];
     assign fp4   = ~nan & ~threshold[61] & error <= threshold[60:0];
 endmodule

@@ -1,10 +1,10 @@
-// Product of two lanes as sign and magnitude: 4 x 4 bit significands are multiplied, then shifted by
-// the sum of both shifts (0 to 28).  E2M1 uses two bits of each significand and shifts by 0 to 4, so the
-// upper product bits and the later shift stages stay 0.  The shifter's small steps come first: the
-// select wires that move in E2M1 mode then drive 9, 11 and 15 bits instead of 36.
+// Product of two lanes of which at least one is E4M3, as sign and magnitude: 4 x 4 bit significands are
+// multiplied, then shifted by the sum of both shifts (0 to 28).  An E2M1 operand has two bits and shifts by
+// 0 to 2, so that the upper product bits rest.  The shifter's small steps come first: a stage is only as
+// wide as its largest result.
 //
-// Bits used: 8 (E2M1 x E2M1, at most 12 * 12 = 144), 22 (mixed, 229376 * 12), 36 (E4M3 x E4M3, 229376^2).
-module dot_lane (
+// Bits used: 22 (mixed, at most 229376 * 12) or 36 (E4M3 x E4M3, 229376^2).
+module wide_lane (
     input  logic [7:0]  a,
     input  logic [7:0]  b,
     input  logic        a_fp8,
