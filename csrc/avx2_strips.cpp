@@ -15,7 +15,9 @@ struct Vectors {
     static BITMOSAIC_STRIPS_INLINE __m256 zero() { return _mm256_setzero_ps(); }
     static BITMOSAIC_STRIPS_INLINE __m256 load(const float* p) { return _mm256_loadu_ps(p); }
     static BITMOSAIC_STRIPS_INLINE void store(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
-    static BITMOSAIC_STRIPS_INLINE __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+    static BITMOSAIC_STRIPS_INLINE __m256 multiply_add(__m256 a, __m256 b, __m256 c) {
+        return _mm256_fmadd_ps(a, b, c);
+    }
 
     static BITMOSAIC_STRIPS_INLINE float sum(const __m256* acc) {
         const __m256 v = _mm256_add_ps(acc[0], acc[1]);
@@ -46,8 +48,9 @@ struct Vectors {
 
         BITMOSAIC_STRIPS_INLINE explicit Fours(const float* grid) {
             alignas(16) uint8_t table[2][16];
-            for (int code = 0; code < 16; ++code) std::memcpy(&table[0][code], reinterpret_cast<const char*>(grid + code) + 2, 1);
-            for (int code = 0; code < 16; ++code) std::memcpy(&table[1][code], reinterpret_cast<const char*>(grid + code) + 3, 1);
+            for (int half = 0; half < 2; ++half)
+                for (int code = 0; code < 16; ++code)
+                    std::memcpy(&table[half][code], reinterpret_cast<const char*>(grid + code) + 2 + half, 1);
             low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table[0])));
             high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table[1])));
         }
@@ -60,7 +63,8 @@ struct Vectors {
             const __m256i first = _mm256_shuffle_epi8(low, code), second = _mm256_shuffle_epi8(high, code);
 #pragma GCC unroll 2
             for (int t = 0; t < 2; ++t) {
-                const __m256i pair = t == 0 ? _mm256_unpacklo_epi8(first, second) : _mm256_unpackhi_epi8(first, second);
+                const __m256i pair =
+                    t == 0 ? _mm256_unpacklo_epi8(first, second) : _mm256_unpackhi_epi8(first, second);
                 const __m256 scale = _mm256_broadcast_ss(scales + 2 * n + t);
                 take(4 * n + 2 * t, _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)), scale));
                 take(4 * n + 2 * t + 1, _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(pair, odd)), scale));

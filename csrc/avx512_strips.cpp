@@ -14,7 +14,9 @@ struct Vectors {
     static BITMOSAIC_STRIPS_INLINE __m512 zero() { return _mm512_setzero_ps(); }
     static BITMOSAIC_STRIPS_INLINE __m512 load(const float* p) { return _mm512_loadu_ps(p); }
     static BITMOSAIC_STRIPS_INLINE void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
-    static BITMOSAIC_STRIPS_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+    static BITMOSAIC_STRIPS_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
+        return _mm512_fmadd_ps(a, b, c);
+    }
 
     static BITMOSAIC_STRIPS_INLINE float sum(const __m512* acc) {
         const __m512 v = *acc;

@@ -50,7 +50,7 @@ struct Activations {
     const float* scale = nullptr;    // [blocks][tokens]: x ~ q * scale; NaN where the block is not finite
     const int32_t* sum = nullptr;    // [segments][tokens]: sum of q over the segment
     const float* x = nullptr;        // [tokens][stride] float; readable 64 bytes beyond the end
-    size_t stride = 0;               // floats between tokens of x; from in on 0, at least 16 more than in rounded up to 16
+    size_t stride = 0;               // floats between tokens of x: in, rounded up to 16, and 80 more; 0 from in on
 };
 
 enum class Pass : uint8_t {

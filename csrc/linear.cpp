@@ -205,7 +205,8 @@ void linear(const Matrix& m, const void* x, Scalar type, int64_t tokens, const v
 void linear_of_one(const Product* products, int count, const float* x, Pass pass, int threads) {
     static thread_local std::vector<Part> all;
     const auto shares = [pass](const Matrix& m, const Matrix& with) {
-        return m.in == with.in && pass_of(m, pass) == pass_of(with, pass) && same_rule(m, with) && m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
+        return m.in == with.in && pass_of(m, pass) == pass_of(with, pass) && same_rule(m, with) &&
+               m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
     };
     for (int first = 0, end; first < count; first = end) {
         all.clear();

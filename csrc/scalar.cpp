@@ -143,7 +143,8 @@ float next_e4m3(float value) {
     const uint32_t sign = bits_of_float(value) & 0x80000000;
     const float magnitude = std::fabs(value);
     if (std::isnan(value)) return value;
-    if (magnitude < 0x1p-6f) return float_of_bits(bits_of_float(magnitude + 0x1p14f - 0x1p14f) | sign);  // steps of 2^-9
+    if (magnitude < 0x1p-6f)  // steps of 2^-9
+        return float_of_bits(bits_of_float(magnitude + 0x1p14f - 0x1p14f) | sign);
     const uint32_t bits = bits_of_float(magnitude);
     return float_of_bits(((bits + 0x7FFFF + (bits >> 20 & 1)) & 0xFFF00000) | sign);
 }

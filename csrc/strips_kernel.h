@@ -1,15 +1,16 @@
 // The products of strips, for one instruction set: `I` names its vectors and how it decodes.
 //
 // A row's tiles of one kind follow one another, whichever columns they are of; a list of these leads to the
-// activations. One token takes four rows at a time, whose sums hide each other's latency: an FMA takes four cycles,
-// and a row has one sum (by AVX2 one of either half) for all of its tiles of a kind. That, and the order of the tiles, is
-// what several tokens do alike, so that no result depends on the batch. They meet decoded tiles: sixteen rows' of 512 columns, 12
-// tokens at a time, whose activations (24 KB) then stay in L1 while the rows pass by; sums wait in `scratch`.
+// activations. One token takes four rows at a time, whose sums hide each other's latency: an FMA takes four
+// cycles, and a row has one sum (by AVX2 one of either half) for all of its tiles of a kind. That, and the
+// order of the tiles, is what several tokens do alike, so that no result depends on the batch. They meet
+// decoded tiles: sixteen rows' of 512 columns, 12 tokens at a time, whose activations (24 KB) then stay in L1
+// while the rows pass by (1024 columns take twice as long); sums wait in `scratch`.
 //
-// What `I` has: Vector, parts (vectors of a tile), zero, load, store, multiply_add, sum, expand (scale bytes to floats,
-// eight at a time) and two decoders, Fours and Eights; those have unit (tiles at a time), bytes (of a unit) and decode,
-// which
-// calls take(number, vector) for each vector of a unit, in as many steps as sums of several rows take turns.
+// What `I` has: Vector, parts (vectors of a tile), zero, load, store, multiply_add, sum (of parts), expand (scale
+// bytes to floats, eight at a time) and two decoders, Fours and Eights; those have unit (tiles at a time), bytes
+// (of a unit) and decode, which calls take(number, vector) for each vector of a unit, in as many steps as sums of
+// several rows take turns.
 #pragma once
 
 #include <xmmintrin.h>

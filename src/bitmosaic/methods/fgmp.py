@@ -62,6 +62,8 @@ SCORES = ("diff", "excess")
 THRESHOLDS = ("global", "tensor")
 FORMATS = (LOW, HIGH)
 TILE = (1, 16)
+PAPER = {"score_by": "diff"}
+"""The published choices, as far as they are known."""
 _RULES = ("fisher", "qerr", "output_err")
 
 
@@ -75,8 +77,9 @@ class Fgmp(Method):
         policy: what scores a tile.  ``fisher`` is the method; the others are to compare with:
             ``qerr`` (no weights), ``output_err`` (mean squares of the inputs, for activations the
             norms of the weight's columns), ``amax``, ``variance`` and ``random`` (weights only).
-        score_by: ``diff`` is (Q4 - Q8)^2 as published; ``excess`` is what NVFP4 errs more than
-            FP8, which is negative where FP8's subnormals are the coarser (weights only).
+        score_by: of weights: ``excess`` is F ((v - Q4)^2 - (v - Q8)^2), what NVFP4 errs more than
+            FP8, which is negative where FP8's subnormals are the coarser; ``diff`` is
+            F (Q4 - Q8)^2 as published, and always that of activations.
         clip: search the scale of NVFP4 tiles of weights; else their largest magnitude gives it.
         threshold: ``global``, or ``tensor`` for the same share in every matrix.
         activation_share: NVFP4 share of activations, 0 to 1; None takes that of the weights.
@@ -88,7 +91,7 @@ class Fgmp(Method):
 
     mode: str = "w+a"
     policy: str = "fisher"
-    score_by: str = "diff"
+    score_by: str = "excess"
     clip: bool = True
     threshold: str = "global"
     activation_share: float | None = None
