@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize check format hardware bench-quality bench-fgmp plot plot-energy energy-sweep
+.PHONY: FORCE setup demo test sanitize emulate emulated check format hardware bench-quality bench-fgmp plot plot-energy energy-sweep
 .PHONY: bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
@@ -47,6 +47,28 @@ sanitize: $(STAMP)
 	$(SANITIZED)/fuzz_pack $(FUZZ)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_BUILD=$(SANITIZED) \
+	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
+	    tests/unit/test_scales.py $(ARGS)
+
+# The same tests on the AVX-512 kernels, which most machines cannot run: emulated by AVX2 and SIMDe. That the best
+# level is named makes sure that it is there.
+EMULATED := build/emulate
+emulate: export OMP_NUM_THREADS ?= 1
+emulate: $(STAMP)
+	@if ! echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
+	    echo "The AVX-512 kernels were not tested: the headers of SIMDe are missing (Debian: apt install libsimde-dev)."; \
+	    echo "emulate: skipped"; \
+	elif ! grep -qw avx2 /proc/cpuinfo; then \
+	    echo "The AVX-512 kernels were not tested: this CPU has no AVX2 to emulate them by."; \
+	    echo "emulate: skipped"; \
+	else $(MAKE) --no-print-directory emulated; fi
+
+emulated: $(STAMP)
+	$(BIN)/cmake -S . -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DBITMOSAIC_NATIVE=ON -DBITMOSAIC_EMULATE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build $(EMULATED)
+	PYTHONPATH=tests BITMOSAIC_BUILD=$(EMULATED) BITMOSAIC_CPU_LEVEL=avx512vbmi \
 	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
 	    tests/unit/test_scales.py $(ARGS)
 

@@ -14,7 +14,11 @@ namespace bitmosaic::avx512 {
 // acc += four products of unsigned and signed bytes in every lane. As an intrinsic gcc 12 copies
 // arrays of accumulators around the destructive operand and spills them: 130-190 in place of 406 GOP/s.
 BITMOSAIC_INLINE void dot4(__m512i& acc, __m512i codes, __m512i activations) {
+#if defined(BITMOSAIC_EMULATE)
+    acc = _mm512_dpbusd_epi32(acc, codes, activations);
+#else
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(activations));
+#endif
 }
 
 BITMOSAIC_INLINE __m512i broadcast4(const int8_t* q) {  // four activations to all lanes
@@ -89,9 +93,13 @@ BITMOSAIC_INLINE void unpack_pair(const uint8_t* part, int pair, __m512i out[8])
 // table[index] of every byte, the low six bits of each counting. An instruction of its own set, VBMI: as
 // assembler, it can stand beside code for CPUs without it.
 BITMOSAIC_INLINE __m512i permute(__m512i table, __m512i index) {
+#if defined(BITMOSAIC_EMULATE)
+    return _mm512_permutexvar_epi8(index, table);
+#else
     __m512i out;
     asm("vpermb %1, %2, %0" : "=v"(out) : "v"(table), "v"(index));
     return out;
+#endif
 }
 
 BITMOSAIC_INLINE __m512i four_times(const uint8_t* p) {  // 16 bytes, in every quarter

@@ -24,7 +24,9 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
-#if defined(BITMOSAIC_X86)
+#if defined(BITMOSAIC_EMULATE)
+    return has_avx2();  // which is what it is made of (emulate_avx512.h)
+#elif defined(BITMOSAIC_X86)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
@@ -35,7 +37,9 @@ bool has_avx512() {
 
 // Cascade Lake has VNNI without VBMI; Ice Lake, Zen 4 and all later ones have both.
 bool has_avx512vbmi() {
-#if defined(BITMOSAIC_X86)
+#if defined(BITMOSAIC_EMULATE)
+    return has_avx512();
+#elif defined(BITMOSAIC_X86)
     return has_avx512() && __builtin_cpu_supports("avx512vbmi");
 #else
     return false;

@@ -207,7 +207,7 @@ private:
     static Floats magnitude(Floats value) { return (Floats)((Ints)value & 0x7FFFFFFF); }
 
     static Floats smaller(Floats a, Floats b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(BITMOSAIC_EMULATE)
         // gcc 12 makes two instructions of the choice below.
         if constexpr (lanes == 16) return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
 #endif
@@ -227,7 +227,7 @@ private:
     }
 
     static bool any(Ints mask) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(BITMOSAIC_EMULATE)
         if constexpr (lanes == 16) return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #endif
 #if defined(__AVX2__)
