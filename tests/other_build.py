@@ -1,6 +1,4 @@
-"""A pytest plugin: run the tests on another build of the compiled modules.
-
-For `make sanitize` and `make emulate`:
+"""A pytest plugin: run the tests on another build of the compiled modules (`make sanitize`, `emulate`).
 
     BITMOSAIC_BUILD=build/sanitize python -m pytest -p other_build tests/kernels
 
