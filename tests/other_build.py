@@ -1,4 +1,6 @@
-"""A pytest plugin: run the tests on another build of the compiled modules (`make sanitize`).
+"""A pytest plugin: run the tests on another build of the compiled modules.
+
+For `make sanitize` and `make emulate`:
 
     BITMOSAIC_BUILD=build/sanitize python -m pytest -p other_build tests/kernels
 
