@@ -173,6 +173,18 @@ def test_mode_a_keeps_the_weights_in_fp8(model: Case) -> None:
     assert all(layer.activation_formats == (LOW, HIGH) for layer in allocation.layers.values())
 
 
+def test_mode_a_under_a_budget_of_bytes_takes_the_published_share(model: Case) -> None:
+    found = pipeline.allocate(
+        model.source, Fgmp(mode="a"), Budget(bits=8.19), statistics=model.statistics
+    )
+    asked = planned(model, 0.7, mode="a")
+    for name, layer in found.layers.items():
+        rules = layer.activations, asked.layers[name].activations
+        assert rules[0] is not None
+        assert rules[1] is not None
+        assert torch.equal(rules[0].stored(), rules[1].stored())
+
+
 def test_consumers_of_an_input_have_one_rule(model: Case) -> None:
     layers = planned(model, 0.6).layers
     q, k = (

@@ -93,6 +93,11 @@ class Method:
         return ()
 
     @property
+    def input_policy(self) -> str:
+        """Which of `allocation.thresholds.POLICIES` scored the activations that `score` reads."""
+        return "fisher"
+
+    @property
     def rounding_statistics(self) -> tuple[str, ...]:
         """Those among `statistics` that `quantize` needs again: fisher or activation."""
         return ()

@@ -62,6 +62,7 @@ SCORES = ("diff", "excess")
 THRESHOLDS = ("global", "tensor")
 FORMATS = (LOW, HIGH)
 TILE = (1, 16)
+PUBLISHED_SHARE = 0.7
 PAPER = {"score_by": "diff"}
 """The published choices, as far as they are known."""
 _RULES = ("fisher", "qerr", "output_err")
@@ -82,7 +83,8 @@ class Fgmp(Method):
             F (Q4 - Q8)^2 as published, and always that of activations.
         clip: search the scale of NVFP4 tiles of weights; else their largest magnitude gives it.
         threshold: ``global``, or ``tensor`` for the same share in every matrix.
-        activation_share: NVFP4 share of activations, 0 to 1; None takes that of the weights.
+        activation_share: NVFP4 share of activations, 0 to 1; None takes that of the weights, and
+            in mode ``a``, where a budget of bytes says nothing of it, the published 0.7.
         seed: of ``random``.
     """
 
@@ -130,6 +132,11 @@ class Fgmp(Method):
         of_weights = {"fisher": ("fisher",), "output_err": ("activation",)}
         wanted = () if self.mode == "a" else of_weights.get(self.policy, ())
         return (*wanted, *(("input_scores",) if self.rounds_inputs else ()))
+
+    @property
+    def input_policy(self) -> str:
+        """Activations are scored as weights are."""
+        return self.policy
 
     @property
     def rounding_statistics(self) -> tuple[str, ...]:
@@ -243,6 +250,8 @@ class Fgmp(Method):
         """Turn masks of NVFP4 tiles into plans, with rules for the activations."""
         if share is None:
             share = self.activation_share
+        if share is None and self.mode == "a":
+            share = PUBLISHED_SHARE
         if share is None:
             marked = sum(int(mask.sum()) for mask in masks)
             share = marked / sum(mask.numel() for mask in masks)

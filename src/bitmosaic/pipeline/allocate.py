@@ -230,7 +230,7 @@ class _Scorer:
     def _inputs(self, index: int) -> dict[str, InputScores]:
         if INPUT_SCORES not in self.method.statistics or self.statistics is None:
             return {}
-        return self.statistics.read_input_scores(index, getattr(self.method, "policy"))  # noqa: B009
+        return self.statistics.read_input_scores(index, self.method.input_policy)
 
     def _activation(self, index: int) -> dict[str, ActivationNorms]:
         if "activation" not in self.method.statistics or self.statistics is None:
