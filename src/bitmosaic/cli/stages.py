@@ -27,7 +27,7 @@ from bitmosaic.cli.common import (
 )
 from bitmosaic.cli.progress import Reporter
 
-METHODS = "rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp"
+METHODS = "rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp, toga"
 TEXT_HELP = (
     "Calibration text: a file, a directory, a datasets id (name:config:split), or stdlib:train."
 )
