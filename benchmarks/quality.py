@@ -132,8 +132,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "pruned": {"formats": ("pruned", "int2-g128", "int3-g128", "int4-g128")},
         "shared": {"shared": True},
         "unsorted": {"reorder": "none"},
-        "act_order": {"act_order": True},
-        "unsorted_act_order": {"reorder": "none", "act_order": True},
+        "as_stored": {"act_order": False},
+        "hessian_first": {"low_first": False},
         "tile_in_64": {"tile_in": 64},
     },
 }

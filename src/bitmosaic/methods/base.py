@@ -130,7 +130,7 @@ class Method:
 
     def score_parameters(self) -> dict[str, Any]:
         """The hyper-parameters that `score` depends on: its tables are kept under them."""
-        late = {"base", "damping", "act_order", "solver", "shared"}
+        late = {"base", "damping", "act_order", "solver", "shared", "low_first"}
         return {key: value for key, value in self.parameters().items() if key not in late}
 
     def blank(

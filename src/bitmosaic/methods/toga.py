@@ -35,6 +35,7 @@ from bitmosaic.allocation import LayerAllocation, TileCosts, solve
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
+    LayerStatistics,
     RoundedMethod,
     check_formats,
     require,
@@ -42,6 +43,7 @@ from bitmosaic.methods.base import (
     tile_costs,
 )
 from bitmosaic.model.structure import Structure
+from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import clip_tile
 
 PRESETS = {
@@ -67,16 +69,19 @@ class Toga(RoundedMethod):
             the order.
         shared: whether all matrices that read one input have the same bands; else each chooses
             its own along the common order.
-        act_order: visit in_channels by falling diagonal of the Hessian; else the low band first.
+        act_order: visit in_channels by falling diagonal of the Hessian, with groups fitted on the
+            original weights beforehand; else as stored.
+        low_first: with `act_order`, visit the band of the fewest bits before the others, so that
+            its errors flow into them, and by the Hessian within a band.
     """
 
     name: ClassVar[str] = "toga"
 
-    act_order: bool = False
     formats: tuple[str, ...] = PRESETS["mixed"]
     tile_in: int = 128
     reorder: str = "gain"
     shared: bool = False
+    low_first: bool = True
 
     def __post_init__(self) -> None:
         """Check the parameters before any work."""
@@ -144,6 +149,23 @@ class Toga(RoundedMethod):
         linked = [names for part in scores for names in part.linked] if self.shared else []
         return solve(tables, budget, linked)
 
+    def quantize(
+        self, name: str, weight: Tensor, layer: LayerAllocation, statistics: LayerStatistics
+    ) -> QuantizedTensor:
+        """Round by the chosen base; where columns are compensated, one band after the other."""
+        if self.base != "gptq" or not (self.act_order and self.low_first):
+            return super().quantize(name, weight, layer, statistics)
+        hessian = statistics.hessian
+        assert hessian is not None
+        order = layer.in_permutation
+        stored = hessian if order is None else hessian[order][:, order]
+        factor = rounding.factorise(
+            stored, self.damping, act_order=True, bands=_bits(layer), name=name
+        )
+        return rounding.compensated(
+            weight, layer, hessian, static_groups=True, factor=factor, name=name
+        )
+
     @property
     def _pruned(self) -> list[int]:
         """Which of the formats store nothing."""
@@ -200,6 +222,13 @@ class Toga(RoundedMethod):
             if not bool(block.fisher[table.name].any()):
                 table.cost[self._pruned] = torch.inf
         return tables
+
+
+def _bits(layer: LayerAllocation) -> Tensor:
+    """Bits of each in_channel [in], as stored; of all rows alike."""
+    known = torch.tensor([formats.get(name).bits for name in layer.formats])
+    tiles = known[layer.tile_map[0].long()]
+    return tiles.repeat_interleave(layer.tile[1])[: layer.shape[1]]
 
 
 def _by_gain(tables: list[TileCosts], order: Tensor, ends: tuple[int, int]) -> list[TileCosts]:
