@@ -132,8 +132,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "pruned": {"formats": ("pruned", "int2-g128", "int3-g128", "int4-g128")},
         "shared": {"shared": True},
         "unsorted": {"reorder": "none"},
-        "as_stored": {"act_order": False},
-        "hessian_first": {"low_first": False},
+        "one_two": {"formats": ("int1-g128-sym", "int2-g128")},
+        "by_tiles": {"act_order": False},
+        "one_sweep": {"low_first": False},
         "tile_in_64": {"tile_in": 64},
     },
 }

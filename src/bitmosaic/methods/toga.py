@@ -69,10 +69,12 @@ class Toga(RoundedMethod):
             the order.
         shared: whether all matrices that read one input have the same bands; else each chooses
             its own along the common order.
-        act_order: visit in_channels by falling diagonal of the Hessian, with groups fitted on the
-            original weights beforehand; else as stored.
-        low_first: with `act_order`, visit the band of the fewest bits before the others, so that
-            its errors flow into them, and by the Hessian within a band.
+        act_order: fit all groups on the original weights beforehand, and visit the in_channels of
+            a band one by one by falling diagonal of the Hessian.  Else, and in matrices with a band
+            of 1 bit, whole tiles are visited, by the same measure, and a group is fitted on the
+            weights as they are when its turn comes: a grid of two values must follow them.
+        low_first: visit the band of the fewest bits before the others, so that its errors flow into
+            them; else all are one band.
     """
 
     name: ClassVar[str] = "toga"
@@ -101,8 +103,8 @@ class Toga(RoundedMethod):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Fisher information of every weight."""
-        return ("fisher",)
+        """Fisher information of every weight, and magnitudes of the inputs for the order."""
+        return ("fisher", "activation") if self.stores_orders else ("fisher",)
 
     @property
     def stores_orders(self) -> bool:
@@ -153,17 +155,20 @@ class Toga(RoundedMethod):
         self, name: str, weight: Tensor, layer: LayerAllocation, statistics: LayerStatistics
     ) -> QuantizedTensor:
         """Round by the chosen base; where columns are compensated, one band after the other."""
-        if self.base != "gptq" or not (self.act_order and self.low_first):
+        if self.base != "gptq":
             return super().quantize(name, weight, layer, statistics)
         hessian = statistics.hessian
         assert hessian is not None
         order = layer.in_permutation
         stored = hessian if order is None else hessian[order][:, order]
-        factor = rounding.factorise(
-            stored, self.damping, act_order=True, bands=_bits(layer), name=name
-        )
+        bits = _bits(layer)
+        ahead = self.act_order and not bool((bits == 1).any())
+        bands = bits if self.low_first else torch.zeros_like(bits)
+        if not ahead:
+            bands = _tile_turns(bands, stored.diagonal(), layer.tile[1])
+        factor = rounding.factorise(stored, self.damping, act_order=ahead, bands=bands, name=name)
         return rounding.compensated(
-            weight, layer, hessian, static_groups=True, factor=factor, name=name
+            weight, layer, hessian, static_groups=ahead, factor=factor, name=name
         )
 
     @property
@@ -180,7 +185,8 @@ class Toga(RoundedMethod):
     def _order(self, block: BlockView, names: tuple[str, ...]) -> Tensor | None:
         """Sort the in_channels of an input by rising gain, summed over the matrices that read it.
 
-        Groups are those of the channels as they come: sorting makes others, but like ones.
+        Within a tile they come by falling magnitude of the input, as rounding visits them.  Groups
+        are those of the channels as they come: sorting makes others, but like ones.
         """
         if self.reorder == "none":
             return None
@@ -193,7 +199,13 @@ class Toga(RoundedMethod):
                 for end in self._ends
             )
             gain = gain + (low - high)
-        return torch.argsort(gain, stable=True)
+        order = torch.argsort(gain, stable=True)
+        size = block.activation[names[0]].rms
+        tiles = [
+            part[torch.argsort(size[part], descending=True, stable=True)]
+            for part in order.split(self.tile_in)
+        ]
+        return torch.cat(tiles)
 
     def _tables(
         self, block: BlockView, names: tuple[str, ...], order: Tensor | None
@@ -229,6 +241,16 @@ def _bits(layer: LayerAllocation) -> Tensor:
     known = torch.tensor([formats.get(name).bits for name in layer.formats])
     tiles = known[layer.tile_map[0].long()]
     return tiles.repeat_interleave(layer.tile[1])[: layer.shape[1]]
+
+
+def _tile_turns(bands: Tensor, worth: Tensor, width: int) -> Tensor:
+    """Number the tiles by rising band, then by falling mean worth; of each in_channel [in]."""
+    mean = torch.stack([part.double().mean() for part in worth.split(width)])
+    turn = torch.argsort(mean, descending=True, stable=True)
+    turn = turn[torch.argsort(bands[::width][turn], stable=True)]
+    place = torch.empty_like(turn)
+    place[turn] = torch.arange(turn.numel())
+    return place.repeat_interleave(width)[: bands.numel()]
 
 
 def _by_gain(tables: list[TileCosts], order: Tensor, ends: tuple[int, int]) -> list[TileCosts]:
