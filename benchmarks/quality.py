@@ -123,6 +123,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "tile_in_4": {"tile_in": 4},
         "tile_in_8": {"tile_in": 8},
     },
+    "toga": {
+        "default": {},
+        "nearest": {"base": "nearest"},
+        "w1.6": {"formats": ("w1.6",)},
+        "w3.2": {"formats": ("w3.2",)},
+        "one_to_four": {"formats": ("int1-g128-sym", "int2-g128", "int3-g128", "int4-g128")},
+        "pruned": {"formats": ("pruned", "int2-g128", "int3-g128", "int4-g128")},
+        "shared": {"shared": True},
+        "unsorted": {"reorder": "none"},
+        "one_two": {"formats": ("int1-g128-sym", "int2-g128")},
+        "by_tiles": {"act_order": False},
+        "one_sweep": {"low_first": False},
+        "tile_in_64": {"tile_in": 64},
+    },
 }
 """Methods and their modes.  `default` or `improved` is what a user gets, `paper` what was published
 as far as it is known; the others are ablations.  A method that is added needs its entry here, with

@@ -28,6 +28,7 @@ _FINE = ("int2-g32", "int3-g32", "int4-g32")
 CHOICES: dict[str, dict[str, Any]] = {
     "sfmp": {"base": "nearest", "formats": _FINE, "tile_out": 32, "tile_in": 32},
     "layerwise": {"base": "nearest", "formats": _FINE},
+    "toga": {"base": "nearest", "formats": _FINE, "tile_in": 32},
     "fgmp": {"mode": "w"},  # its rounded activations have tests of their own
 }
 """What suits a tiny model; a method that is not here is run as it comes."""

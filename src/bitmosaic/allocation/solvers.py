@@ -14,19 +14,28 @@ from bitmosaic.allocation.plan import LayerAllocation
 from bitmosaic.tiling import grid_shape, tile_sizes
 
 
-def solve(tables: Sequence[TileCosts], budget: int) -> dict[str, LayerAllocation]:
+def solve(
+    tables: Sequence[TileCosts], budget: int, linked: Sequence[Sequence[str]] = ()
+) -> dict[str, LayerAllocation]:
     """Minimise the summed cost under `budget` bytes by one multiplier over all tiles.
 
     Each tile climbs the lower convex hull of its (bytes, cost) points; the steps of all tiles are
     taken by gain per byte until the budget is reached (ties: layer, then tile), which is the exact
     optimum at that point.  What is left is filled with the best later steps that still fit.
+
+    `linked` names matrices of equal grids whose tiles of one place have one format.
     """
     check_feasible(tables, budget)
-    pool = _Pool(tables)
+    pool = _Pool(tables, linked)
     tile, target, slope, extra = pool.hull_steps()
     order = torch.argsort(slope, descending=True, stable=True)
     tile, target, extra = tile[order], target[order], extra[order]
     spent = pool.base_bytes + overhead_bytes(tables)
+    if spent > budget:  # what one tile may not have, those linked to it may not
+        raise BudgetError(
+            f"budget must be at least {spent:,} bytes where matrices of one input share their "
+            f"formats, not {budget:,}. Raise it, or let each matrix choose."
+        )
     total = spent + torch.cumsum(extra, 0)
     taken = int((total <= budget).sum())
     choice = pool.base.clone()
@@ -79,21 +88,27 @@ def two_level(
 
 
 class _Pool:
-    """All tiles of a model in one row: bytes and costs [formats, tiles]."""
+    """All choices of a model in one row: bytes and costs [formats, tiles].
 
-    def __init__(self, tables: Sequence[TileCosts]) -> None:
+    Tiles that are linked are one choice; `places` [tiles of a table] tells which, by table.
+    """
+
+    def __init__(self, tables: Sequence[TileCosts], linked: Sequence[Sequence[str]] = ()) -> None:
         if len({table.formats for table in tables}) != 1:
             raise ValueError("tile costs must share one tuple of formats. Score all layers alike.")
         self.tables = tables
-        self.bytes = torch.cat([table.bytes().flatten(1) for table in tables], dim=1)
-        self.cost = torch.cat([table.cost.flatten(1) for table in tables], dim=1)
+        self.places, self.tiles = _places(tables, linked)
+        self.bytes = torch.zeros((len(tables[0].formats), self.tiles), dtype=torch.int64)
+        self.cost = torch.zeros(self.bytes.shape, dtype=torch.float64)
+        for table, place in zip(tables, self.places, strict=True):
+            self.bytes[:, place] += table.bytes().flatten(1)
+            self.cost[:, place] += table.cost.flatten(1)
         forbidden = self.cost == torch.inf
         if bool((~self.cost.isfinite() & ~forbidden).any()) or bool(forbidden.all(0).any()):
             raise ValueError(
                 "tile costs must be finite in at least one format of each tile. "
                 "Check the calibration statistics."
             )
-        self.tiles = self.bytes.shape[1]
         # The cheapest format of each tile; of equally large ones the better.
         least = self.bytes.masked_fill(forbidden, torch.iinfo(torch.int64).max).amin(0)
         smallest = (self.bytes == least) & ~forbidden
@@ -136,13 +151,28 @@ class _Pool:
 
     def plans(self, choice: UInt8[Tensor, " tiles"]) -> dict[str, LayerAllocation]:
         """Cut the pooled choice into layer plans."""
-        plans, start = {}, 0
-        for table in self.tables:
-            tall, wide = grid_shape(table.shape, table.tile)
-            part = choice[start : start + tall * wide].view(tall, wide)
-            plans[table.name] = table.plan(part.clone())
-            start += tall * wide
-        return plans
+        return {
+            table.name: table.plan(choice[place].view(grid_shape(table.shape, table.tile)))
+            for table, place in zip(self.tables, self.places, strict=True)
+        }
+
+
+def _places(
+    tables: Sequence[TileCosts], linked: Sequence[Sequence[str]]
+) -> tuple[list[Tensor], int]:
+    """Number the choices: those of a table, or those of the first that it is linked to."""
+    first = {name: names[0] for names in linked for name in names}
+    found: dict[str, Tensor] = {}
+    places, count = [], 0
+    for table in tables:
+        tiles = table.cost[0].numel()
+        place = found.setdefault(
+            first.get(table.name, table.name), torch.arange(count, count + tiles)
+        )
+        assert place.numel() == tiles, f"{table.name} is linked to a matrix of another grid"
+        count = max(count, int(place[-1]) + 1)
+        places.append(place)
+    return places, count
 
 
 def _last_of_each(values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from bitmosaic.cli.common import (
 )
 from bitmosaic.cli.progress import Reporter
 
-METHODS = "rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp"
+METHODS = "rtn, gptq, layerwise, sfmp, cmpq, septq, fgmp, toga"
 TEXT_HELP = (
     "Calibration text: a file, a directory, a datasets id (name:config:split), or stdlib:train."
 )
@@ -38,13 +38,15 @@ Formats = Annotated[
 Base = Annotated[
     str | None,
     typer.Option(
-        help="Rounding: nearest, awq or gptq (sfmp, layerwise; cmpq without awq).",
+        help="Rounding: nearest, awq or gptq (sfmp, layerwise, toga; cmpq without awq).",
         show_default=False,
     ),
 ]
 Reorder = Annotated[
     str | None,
-    typer.Option(help="none, per_matrix, shared or folded (sfmp).", show_default=False),
+    typer.Option(
+        help="none, per_matrix, shared or folded (sfmp); gain or none (toga).", show_default=False
+    ),
 ]
 Score = Annotated[
     str | None,

@@ -50,13 +50,15 @@ class BlockScores:
 
     `importance` is the plain score of each tile (for threshold solvers), in the order of `tables`;
     `ties` the channel orders to fold, by consumer; `inputs` what decides how the input of each
-    matrix is rounded, the same object for all that share one.
+    matrix is rounded, the same object for all that share one; `linked` the matrices that read one
+    input, where they may have to choose alike.
     """
 
     tables: list[TileCosts]
     importance: list[Tensor] = field(default_factory=list)
     ties: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputScores] = field(default_factory=dict)
+    linked: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Method:
 
     def score_parameters(self) -> dict[str, Any]:
         """The hyper-parameters that `score` depends on: its tables are kept under them."""
-        late = {"base", "damping", "act_order", "solver"}
+        late = {"base", "damping", "act_order", "solver", "shared", "low_first"}
         return {key: value for key, value in self.parameters().items() if key not in late}
 
     def blank(

@@ -104,7 +104,7 @@ class Sfmp(RoundedMethod):
         """Every order is stored but for those that an MLP's inner channels take on for free."""
         if not self.stores_orders:
             return {}
-        free = [tie for tie in structure.ties if self.reorder == "shared" and _is_free(tie)]
+        free = [tie for tie in structure.ties if self.reorder == "shared" and tie.is_free]
         sorted_columns = {tie.consumer for tie in free}
         sorted_rows = {name for tie in free for name in tie.producers}
         names = [name for group in structure.inputs for name in group.linears]
@@ -183,11 +183,6 @@ class Sfmp(RoundedMethod):
 def sorted_order(score: Tensor) -> Tensor:
     """Order channels by falling score, ties by index."""
     return torch.argsort(score, descending=True, stable=True)
-
-
-def _is_free(tie: Tie) -> bool:
-    """Whether any order of the tie's channels is allowed, so that nothing is left to sort."""
-    return tie.segment == tie.size and tie.repeat == 1 and set(tie.producers.values()) == {1}
 
 
 def _apply_tie(tie: Tie, order: Tensor, tables: tuple[dict[str, Tensor], ...]) -> None:

@@ -65,6 +65,12 @@ class Tie:
     segment: int
     repeat: int
 
+    @property
+    def is_free(self) -> bool:
+        """Whether any order of the channels is allowed, so that none has to be stored."""
+        once = set(self.producers.values()) == {1}
+        return self.segment == self.size and self.repeat == 1 and once
+
 
 @dataclass(frozen=True)
 class Structure:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bitmosaic
-from bitmosaic import checkpoint
+from bitmosaic import checkpoint, formats
 from bitmosaic.allocation import Allocation, Budget, BudgetError, feasible_range
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.methods import Method
@@ -53,6 +53,7 @@ def allocate(
     check_budget(source, method, budget, plan)
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     layers = plan_budget(method, scores, budget, plan)
+    _report_pruned(layers)
     allocation = Allocation(
         layers=layers,
         recipe={"method": method.name, "parameters": method.parameters(), "budget": str(budget)},
@@ -195,6 +196,23 @@ def plan_budget(
     return best
 
 
+def _report_pruned(layers: dict[str, Any]) -> None:
+    """Warn of matrices that have lost all tiles but one."""
+    bare = []
+    for name, layer in layers.items():
+        kept = torch.tensor([formats.get(each).bits > 0 for each in layer.formats])
+        if layer.tile_map.numel() > 1 and int(kept[layer.tile_map.long()].sum()) <= 1:
+            bare.append(name)
+    if bare:
+        logger.warning(
+            "%d of %d matrices are pruned but for one tile (%s first); a larger budget, or fewer "
+            "bits elsewhere, would keep more",
+            len(bare),
+            len(layers),
+            bare[0],
+        )
+
+
 def _weights_bytes(layers: dict[str, Any]) -> int:
     return sum(layer.nbytes for layer in layers.values())
 
@@ -305,4 +323,5 @@ def _renamed(part: BlockScores, prefix: str) -> BlockScores:
         part.importance,
         {f"{prefix}.{name}": order for name, order in part.ties.items()},
         {f"{prefix}.{name}": found for name, found in part.inputs.items()},
+        tuple(tuple(f"{prefix}.{name}" for name in names) for names in part.linked),
     )

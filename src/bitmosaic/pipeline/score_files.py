@@ -44,7 +44,8 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 tensors[f"{table.name}.{side}"] = values
     for table, sums in zip(part.tables, part.importance, strict=False):
         tensors[f"{table.name}.importance"] = sums
-    checkpoint.write_tensors(path, tensors, {"tables": json.dumps(described)})
+    metadata = {"tables": json.dumps(described), "linked": json.dumps(part.linked)}
+    checkpoint.write_tensors(path, tensors, metadata)
 
 
 def load_scores(path: Path) -> BlockScores | None:
@@ -82,4 +83,5 @@ def load_scores(path: Path) -> BlockScores | None:
     ties = {
         name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
     }
-    return BlockScores(tables, importance, ties, inputs)
+    linked = tuple(tuple(names) for names in json.loads(metadata["linked"]))
+    return BlockScores(tables, importance, ties, inputs, linked)

@@ -11,6 +11,7 @@ from bitmosaic.rounding.fp4 import encode_swept, format_gap
 from bitmosaic.rounding.grids import grid_search
 from bitmosaic.rounding.masks import largest, largest_within, sensitivity
 from bitmosaic.rounding.nearest import (
+    channel_errors,
     encode_nearest,
     nearest,
     nearest_kept,
@@ -27,6 +28,7 @@ __all__ = [
     "Swept",
     "awq_clip",
     "awq_scale",
+    "channel_errors",
     "compensated",
     "compensation_factor",
     "encode_nearest",

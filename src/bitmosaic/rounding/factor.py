@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
@@ -56,9 +56,13 @@ def factorise(
     damping: float,
     *,
     act_order: bool = False,
+    bands: Num[Tensor, " in"] | None = None,
     name: str = "hessian",
 ) -> Factor:
     """Factorise H, damped by a share of its mean diagonal, in the order of a visit.
+
+    In_channels are visited as they come, or with `act_order` by falling diagonal of H; those of a
+    lower number in `bands` before all others.
 
     The error of rounding, delta H delta^T, is then a sum of D_j times squares of (delta N)_j, each
     of which only depends on the columns up to j.  Rounding w_j + sum over i < j of delta_i N_ij
@@ -70,8 +74,10 @@ def factorise(
     visit = torch.arange(hessian.shape[0])
     if act_order:
         visit = torch.argsort(diagonal, descending=True, stable=True)
+    if bands is not None:
+        visit = visit[torch.argsort(bands[visit], stable=True)]
     unit = damped_hessian(hessian, damping)
-    if act_order:
+    if act_order or bands is not None:
         unit = unit[visit][:, visit]
     pivots = torch.empty(unit.shape[0])
     if not _factorise(unit, pivots):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
@@ -103,21 +105,50 @@ def tile_errors(
 
     `fit_importance` weighs errors in the fit of a learned grid.
     """
+    errors = torch.zeros(grid_shape((weight.shape[0], weight.shape[1]), tile), dtype=torch.float64)
+    for part, square in _squares(weight, importance, tile, fmt, fit_importance):
+        first, left = part.row_start // tile[0], part.column_start // tile[1]
+        box = errors[first : first + part.picked.shape[0], left : left + part.picked.shape[1]]
+        box[part.picked] = square.sum(dim=(1, 2), dtype=torch.float64)
+    return errors
+
+
+def channel_errors(
+    weight: Float[Tensor, "out in"],
+    importance: Float[Tensor, "out in"],
+    tile: tuple[int, int],
+    fmt: Format,
+) -> Float64[Tensor, " in"]:
+    """Sum importance times squared error of nearest rounding over each in_channel.
+
+    Tiles matter since groups do not cross their edges.
+    """
+    errors = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for part, square in _squares(weight, importance, tile, fmt):
+        wide = part.picked.shape[1]
+        sums = square.unflatten(0, (-1, wide)).sum(dim=(0, 2), dtype=torch.float64).flatten()
+        errors[part.column_start : part.column_start + sums.numel()] += sums
+    return errors
+
+
+def _squares(
+    weight: Tensor,
+    importance: Tensor,
+    tile: tuple[int, int],
+    fmt: Format,
+    fit_importance: Tensor | None = None,
+) -> Iterator[tuple[Section, Tensor]]:
+    """Yield chunks of tiles in one format, with importance times squared error of each weight."""
     shape = (weight.shape[0], weight.shape[1])
     scale = fmt.tensor_scale(largest_magnitude(weight))
-    errors = torch.zeros(grid_shape(shape, tile), dtype=torch.float64)
-    everywhere = torch.zeros(errors.shape, dtype=torch.uint8)
+    everywhere = torch.zeros(grid_shape(shape, tile), dtype=torch.uint8)
     for section in sections(shape, tile, (fmt,), everywhere):
         for part in section.chunks():
             tiles = part.gather(weight).to(torch.float32)
             mass = None if fit_importance is None else part.gather(fit_importance)
             codes, parameters = encode_nearest(part, tiles / scale, mass)
             value = part.ungroup(fmt.decode(codes, parameters)) * scale
-            square = value.sub_(tiles).square_().mul_(part.gather(importance))
-            first, left = part.row_start // tile[0], part.column_start // tile[1]
-            box = errors[first : first + part.picked.shape[0], left : left + part.picked.shape[1]]
-            box[part.picked] = square.sum(dim=(1, 2), dtype=torch.float64)
-    return errors
+            yield part, value.sub_(tiles).square_().mul_(part.gather(importance))
 
 
 def output_error(
