@@ -298,8 +298,9 @@ class TestStatistics:
         assert statistic.value().abs().max() == 0
 
     def test_names_are_the_files(self):
-        assert names() == ("activation", "fisher", "hessian", "pivots")
-        with pytest.raises(ValueError, match="one of activation, fisher, hessian, pivots, not 'x'"):
+        known = ("activation", "fisher", "hessian", "input_amax", "input_fisher", "pivots")
+        assert names() == known
+        with pytest.raises(ValueError, match=f"one of {', '.join(known)}, not 'x'"):
             get("x")
 
 

@@ -84,7 +84,8 @@ def calibrate(
     facts = found.manifest
     results().print(
         f"{output}: {', '.join(facts['statistics'])} of {facts['blocks']} blocks over "
-        f"{facts['samples']} x {facts['seqlen']} tokens"
+        f"{facts['samples']} x {facts['seqlen']} tokens",
+        soft_wrap=True,
     )
 
 
