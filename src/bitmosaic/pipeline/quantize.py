@@ -118,13 +118,18 @@ def quantize(
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir()
     total = assemble(plan, allocation, packer.index(), finished, facts)
+    _publish(finished, output, work)
+    return {**facts, "bytes": total}
+
+
+def _publish(finished: Path, output: Path, work: Path) -> None:
+    """Put a finished directory in the place of the output, and drop the work directory."""
     if output.exists():  # moved aside first: a half-deleted one would be no model directory
         shutil.rmtree(work / "replaced", ignore_errors=True)
         output.replace(work / "replaced")
     finished.replace(output)
     checkpoint.sync_directory(output.parent)
     shutil.rmtree(work)
-    return {**facts, "bytes": total}
 
 
 def _check_request(
