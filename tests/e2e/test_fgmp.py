@@ -106,7 +106,7 @@ def test_the_mix_stays_within_a_hundredth_of_fp8(bench: Bench) -> None:
     ids=["qerr", "amax", "random", "local thresholds", "not clipped"],
 )
 def test_fisher_with_searched_scales_loses_least(bench: Bench, other: Fgmp) -> None:
-    for ours in (Fgmp(mode="w"), Fgmp(mode="w", **PAPER)):  # type: ignore[arg-type]
+    for ours in (Fgmp(mode="w"), Fgmp(mode="w", **PAPER)):
         assert bench.measure(ours, MIXED).kl_mean < bench.measure(other, MIXED).kl_mean
 
 

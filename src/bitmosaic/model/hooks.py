@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,38 @@ Observer = Callable[[int, Tensor], None]
 OnGradient = Callable[[str, int, Tensor], None]
 
 
-@contextmanager
-def observed(block: nn.Module, sample: int, observe: Mapping[str, Observer]) -> Iterator[None]:
+def observed(
+    block: nn.Module, sample: int, observe: Mapping[str, Observer]
+) -> AbstractContextManager[None]:
     """Hand what reaches the named linears to their observers."""
-    handles = []
-    for name, observer in observe.items():
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Observer = observer) -> None:
-            observer(sample, inputs[0].reshape(-1, inputs[0].shape[-1]))
+    def see(observer: Observer, x: Tensor) -> None:
+        observer(sample, x.reshape(-1, x.shape[-1]))
 
-        handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _inputs_shown(block, observe, see)
 
 
-@contextmanager
 def input_gradients_handed(
     block: nn.Module, sample: int, observe: Mapping[str, Observer]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Hand the gradients of what reaches the named linears to their observers."""
+
+    def see(observer: Observer, x: Tensor) -> None:
+        x.register_hook(lambda gradient: observer(sample, gradient.reshape(-1, x.shape[-1])))
+
+    return _inputs_shown(block, observe, see)
+
+
+@contextmanager
+def _inputs_shown(
+    block: nn.Module, observe: Mapping[str, Observer], see: Callable[[Observer, Tensor], None]
+) -> Iterator[None]:
+    """Call `see` with the observer and the input of each named linear that runs."""
     handles = []
     for name, observer in observe.items():
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Observer = observer) -> None:
-            def receive(gradient: Tensor) -> None:
-                observer(sample, gradient.reshape(-1, gradient.shape[-1]))
-
-            inputs[0].register_hook(receive)
+            see(observer, inputs[0])
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
     try:
