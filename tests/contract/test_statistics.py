@@ -46,7 +46,7 @@ def assert_same(left, right):
 def test_declares_what_it_observes(name):
     statistic = get(name)
     assert issubclass(statistic, Statistic)
-    assert statistic.observes in ("input", "gradient", "input_gradient")
+    assert statistic.observes in ("input", "gradient", "input_gradient", "mask_gradient")
     assert isinstance(statistic.sequential, bool)
 
 

@@ -81,6 +81,24 @@ def test_amax_and_fisher_of_inputs_are_those_of_plain_backward(
     assert checked >= 2 * len(source.block_names)
 
 
+def test_mask_fisher_is_that_of_a_mask_on_the_input(measured: tuple[Path, Statistics]) -> None:
+    """With one reader of an input the mask's gradient is sum over tokens of x times dL/dx."""
+    directory, statistics = measured
+    seen, source = hooked(directory), Source(directory)
+    checked = 0
+    for index, prefix in enumerate(source.block_names):
+        found = statistics.read(index, "mask_fisher")
+        for name in ("mlp.down_proj", "fc2", "self_attn.o_proj", "self_attn.out_proj"):
+            if f"{prefix}.{name}" not in seen:
+                continue
+            pairs = zip(*seen[f"{prefix}.{name}"], strict=True)
+            exact = torch.stack([(x.double() * g.double()).sum(0) for x, g in pairs])
+            bound = 1024 * EPSILON * float(exact.square().sum(0).max())
+            assert bool(((found[name] - exact.square().sum(0)).abs() <= bound).all())
+            checked += 1
+    assert checked >= len(source.block_names)
+
+
 def test_scores_are_those_of_the_rule_on_the_inputs(measured: tuple[Path, Statistics]) -> None:
     directory, statistics = measured
     seen, source = hooked(directory), Source(directory)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import architectures
 from architectures import HIDDEN, VOCABULARY
 from bitmosaic.formats.base import UnsupportedError
-from bitmosaic.model import sweep as sweep_module
+from bitmosaic.model import loss as loss_module
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
 from bitmosaic.model.sweep import Sweep
@@ -294,7 +294,7 @@ def test_loss_in_chunks_is_the_loss(directories, tokens, monkeypatch):
     directory = directories("gemma2")
     whole, losses = swept_gradients(directory, tokens, dtype=torch.float64)
     narrow, _ = swept_gradients(directory, tokens)
-    monkeypatch.setattr(sweep_module, "_LOGIT_BYTES", 4 * VOCABULARY * 8)  # four tokens a chunk
+    monkeypatch.setattr(loss_module, "_LOGIT_BYTES", 4 * VOCABULARY * 8)  # four tokens a chunk
     chunked, chunked_losses = swept_gradients(directory, tokens, dtype=torch.float64)
     assert torch.allclose(losses, chunked_losses, rtol=DOUBLE * TOKENS * VOCABULARY, atol=0)
     for key, gradients in whole.items():
@@ -410,3 +410,42 @@ def test_loss_is_the_mean_over_predictions(directories):
         expected = -model(input_ids=window).logits[0, 0].log_softmax(dim=0)[7]
     losses = swept(source.path, window, lambda *_: None, dtype=torch.float64)
     assert math.isclose(losses.item(), expected.item(), rel_tol=DOUBLE * VOCABULARY)
+
+
+def test_subset_is_a_sweep_of_these_samples(directories, tokens):
+    source = Source(directories("llama"))
+    chosen = [2, 0]
+    with Sweep(source, tokens) as whole, Sweep(source, tokens[chosen]) as alone:
+        whole.embed()
+        alone.embed()
+        part = whole.subset(chosen)
+        for index in range(part.block_count):
+            block = source.load_block(index)
+            part.forward(index, block)
+            alone.forward(index, block)
+        assert torch.equal(part.loss_gradients(), alone.loss_gradients())
+        assert torch.equal(part.gradients["states"], alone.gradients["states"])
+        part.close()
+
+
+def test_teacher_makes_the_loss_a_divergence(directories, tokens):
+    source = Source(directories("llama"))
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float64).eval()
+    with Sweep(source, tokens, dtype=torch.float64) as sweep:
+        sweep.embed()
+        for index in range(sweep.block_count):
+            sweep.forward(index, source.load_block(index, torch.float64))
+        own = sweep.inputs(sweep.block_count).stacked().clone()
+        other = own.roll(1, 0)  # what another model might give
+        losses = sweep.loss_gradients(lambda sample: other[sample][None])
+        state = sweep.gradients["states"]
+    head = torch.nn.Sequential(model.model.norm, model.lm_head)
+    for sample in range(SAMPLES):
+        hidden = own[sample].clone().requires_grad_()
+        wanted, found = (head(each)[:-1].log_softmax(-1) for each in (other[sample], hidden))
+        expected = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        (gradient,) = torch.autograd.grad(expected, hidden)
+        # sums of a vocabulary's terms, differently ordered, of numbers near 1
+        bound = 16 * VOCABULARY * DOUBLE
+        assert math.isclose(losses[sample].item(), expected.item(), rel_tol=bound, abs_tol=bound)
+        assert (state[sample] - gradient).abs().max() <= bound * max(1, gradient.abs().max())

@@ -97,7 +97,7 @@ class _Pool:
         if len({table.formats for table in tables}) != 1:
             raise ValueError("tile costs must share one tuple of formats. Score all layers alike.")
         self.tables = tables
-        self.places, self.tiles = _places(tables, linked)
+        self.places, self.tiles = tile_places(tables, linked)
         self.bytes = torch.zeros((len(tables[0].formats), self.tiles), dtype=torch.int64)
         self.cost = torch.zeros(self.bytes.shape, dtype=torch.float64)
         for table, place in zip(tables, self.places, strict=True):
@@ -157,7 +157,7 @@ class _Pool:
         }
 
 
-def _places(
+def tile_places(
     tables: Sequence[TileCosts], linked: Sequence[Sequence[str]]
 ) -> tuple[list[Tensor], int]:
     """Number the choices: those of a table, or those of the first that it is linked to."""

@@ -15,14 +15,13 @@ the model's own forward runs, with its blocks replaced by stubs that record how 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from bitmosaic.formats.base import UnsupportedError
@@ -34,6 +33,7 @@ from bitmosaic.model.hooks import (
     observed,
 )
 from bitmosaic.model.kept import KeptStates
+from bitmosaic.model.loss import loss_gradient
 from bitmosaic.model.source import Source
 from bitmosaic.model.stub import (
     BlockReachedError,
@@ -45,10 +45,6 @@ from bitmosaic.model.stub import (
     pass_on,
     wrap_like,
 )
-
-# Logits of a chunk of tokens. The loss holds about four tensors of this size at once: 64 MiB keep
-# a vocabulary of 256 000 below 300 MB, where all logits of 2048 tokens would take 8 GB.
-_LOGIT_BYTES = 64 * 2**20
 
 
 class Sweep:
@@ -189,10 +185,30 @@ class Sweep:
         if not keep_inputs:
             self._drop_inputs(index)
 
-    def loss_gradients(self) -> Tensor:
+    def subset(self, samples: Sequence[int]) -> Sweep:
+        """Return a sweep of some of the samples, whose inputs of block 0 must still be kept."""
+        part = Sweep(
+            self.source,
+            self.tokens[list(samples)],
+            dtype=self.dtype,
+            memory_cap=self._memory_cap,
+            directory=self._directory,
+        )
+        inputs = self.inputs(0)
+        part._calls, part._wrap = self._calls, self._wrap
+        part._shape = (len(samples), *inputs.shape[1:])
+        states = part._new_states()
+        for place, sample in enumerate(samples):
+            states.write(place, inputs[sample])
+        part._keep_inputs(0, states)
+        return part
+
+    def loss_gradients(self, teacher: Callable[[int], Tensor] | None = None) -> Tensor:
         """Start the backward sweep with dL_s/dx at the output of the last block.
 
-        L_s is the mean next-token cross-entropy of sample s, in float32 or wider. Returns the
+        L_s is the mean next-token cross-entropy of sample s, in float32 or wider; with `teacher`,
+        which gives a sample's hidden states [1, tokens, hidden] at the same place of another model
+        with the same head, it is the mean KL(teacher || model) of the same positions. Returns the
         losses, float64 [samples]. The outputs of the last block are given up.
         """
         outputs = self.inputs(self.block_count)
@@ -203,7 +219,10 @@ class Sweep:
         gradients = self._new_states()
         losses = torch.zeros(len(outputs), dtype=torch.float64)
         for sample, hidden in enumerate(outputs):
-            losses[sample], gradient = _loss_gradient(rest, stubs[-1], self.tokens[sample], hidden)
+            target = None if teacher is None else teacher(sample)
+            losses[sample], gradient = loss_gradient(
+                rest, stubs[-1], self.tokens[sample], hidden, target
+            )
             gradients.write(sample, gradient)
         self._set_gradients(self.block_count, gradients)
         self._drop_inputs(self.block_count)
@@ -346,34 +365,3 @@ class Sweep:
         if self._gradients is not None:
             self._gradients.release()
         self._gradients, self._gradient_index = states, index
-
-
-def _loss_gradient(
-    rest: PreTrainedModel, last: Stub, window: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return a sample's loss and its gradient at the output of the last block.
-
-    What follows the blocks treats each token by itself, so it runs on a chunk of tokens at a time:
-    the last stub returns the chunk's hidden states in the place of its own.
-    """
-    predictions = len(window) - 1
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    vocabulary = rest.config.get_text_config().vocab_size
-    step = max(1, _LOGIT_BYTES // (vocabulary * wide.itemsize))
-    gradient = torch.zeros_like(hidden)  # the last token predicts nothing
-    total = torch.zeros((), dtype=torch.float64)
-    for start in range(0, predictions, step):
-        stop = min(start + step, predictions)
-        chunk = hidden[:, start:stop].clone().requires_grad_()
-        last.replacement = chunk
-        with torch.enable_grad():
-            logits = rest(input_ids=window[None, start:stop], use_cache=False).logits
-            targets = window[start + 1 : stop + 1]
-            loss = functional.cross_entropy(logits[0].to(wide), targets, reduction="sum")
-            loss = loss / predictions
-            loss.backward()
-        assert chunk.grad is not None
-        gradient[:, start:stop] = chunk.grad
-        total += loss.detach()
-    last.replacement = None
-    return total, gradient

@@ -38,13 +38,18 @@ from bitmosaic.statistics import Statistic
 from bitmosaic.statistics.activation import ActivationNorms
 
 MANIFEST = "statistics.json"
-KINDS = {"input": "inputs", "gradient": "block", "input_gradient": "block"}
+KINDS = {
+    "input": "inputs",
+    "gradient": "block",
+    "input_gradient": "block",
+    "mask_gradient": "block",
+}
 """How a block's file is called, by what its statistics observe."""
 INPUT_SCORES = "input_scores"
 """Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
 them and one more pass over each block."""
 _SCORES_NEED = ("input_amax", "input_fisher")
-EVERY = ("activation", "pivots", "fisher", *_SCORES_NEED, INPUT_SCORES)
+EVERY = ("activation", "pivots", "fisher", "mask_fisher", *_SCORES_NEED, INPUT_SCORES)
 """What methods may ask for of the original model."""
 _GRADIENTS = "gradients.safetensors"
 DEFAULT_MEMORY_CAP = 256 * 2**20
@@ -272,11 +277,12 @@ class _Backward:
     def run(self, sweep: Sweep, names: Sequence[str]) -> tuple[dict[str, Tensor], set[str]]:
         """Return the finished statistics, and the matrices that no token reached."""
         scores = INPUT_SCORES in names
-        of_weights, of_inputs = (
+        of_weights, of_masks, of_inputs = (
             [name for name in names if name != INPUT_SCORES and _observes(name) == kind]
-            for kind in ("gradient", "input_gradient")
+            for kind in ("gradient", "mask_gradient", "input_gradient")
         )
         sums = self._new(self._matrices, of_weights)
+        mask_sums = self._new(self._matrices, of_masks)
         firsts = [group.linears[0] for group in self._groups] if of_inputs else []
         input_sums = self._new(firsts, of_inputs)
         reached: set[str] = set()
@@ -285,6 +291,8 @@ class _Backward:
             reached.add(layer)
             for statistic in sums[layer].values():
                 statistic.update(gradient)
+            for statistic in mask_sums[layer].values():
+                statistic.update(gradient * self._matrices[layer].weight.detach())
 
         sweep.backward(
             self._index,
@@ -293,12 +301,8 @@ class _Backward:
             observe={layer: _updater(parts) for layer, parts in input_sums.items()},
             keep_inputs=scores,
         )
-        measured = self._finish(sums)
-        inputs = {
-            f"{layer}.{name}": statistic.value()
-            for layer, parts in input_sums.items()
-            for name, statistic in parts.items()
-        }
+        measured = self._finish(sums) | _values(mask_sums)
+        inputs = _values(input_sums)
         for name in of_inputs:
             for group in self._groups:
                 value = inputs[f"{group.linears[0]}.{name}"]
@@ -360,6 +364,15 @@ class _Backward:
             for policy, found in counter.value().items()
             for part, tensor in found.tensors().items()
         }
+
+
+def _values(sums: Mapping[str, Mapping[str, Statistic[Any]]]) -> dict[str, Tensor]:
+    """Take the values of statistics of vectors."""
+    return {
+        f"{layer}.{name}": statistic.value()
+        for layer, parts in sums.items()
+        for name, statistic in parts.items()
+    }
 
 
 def _observes(name: str) -> str:

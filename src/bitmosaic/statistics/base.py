@@ -237,9 +237,9 @@ class Statistic(ABC, Generic[Value]):
     and neither order nor split changes a bit of `state()` or `value()`.
     """
 
-    observes: ClassVar[Literal["input", "gradient", "input_gradient"]]
+    observes: ClassVar[Literal["input", "gradient", "input_gradient", "mask_gradient"]]
     """What `update` takes: the layer's input [tokens, in], the loss gradient of its weight
-    [out, in], or that of its input [tokens, in]."""
+    [out, in], that of its input [tokens, in], or that of masks: gradient times weight [out, in]."""
 
     sequential: ClassVar[bool]
     """Whether it is measured again after earlier blocks were quantized."""
