@@ -14,6 +14,7 @@ unit of its last place twice, far from L + 1/2.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -57,10 +58,14 @@ class BandRule:
     def stored(self) -> UInt8[Tensor, " bytes"]:
         """Write the rule as the bytes of `activation_rule` (docs/format-spec.md, section 9.3.2)."""
         head = torch.tensor([self.tile], dtype=torch.int32).view(torch.uint8)
-        return torch.cat([head, pack_planes(self.bands[None], _map_bits(len(self.formats))).flatten()])
+        return torch.cat(
+            [head, pack_planes(self.bands[None], _map_bits(len(self.formats))).flatten()]
+        )
 
     @classmethod
-    def read(cls, formats: tuple[str, ...], stored: UInt8[Tensor, " bytes"], width: int) -> BandRule:
+    def read(
+        cls, formats: tuple[str, ...], stored: UInt8[Tensor, " bytes"], width: int
+    ) -> BandRule:
         """Read what `stored` wrote of `width` in_channels, after `band_fault` found no fault."""
         tile = _tile(stored)
         tiles, bits = -(-width // tile), _map_bits(len(formats))
@@ -122,7 +127,7 @@ def are_band_formats(names: tuple[str, ...]) -> bool:
     if not names or not all(_NAME.fullmatch(name) for name in names):
         return False
     bits = [bits_of(name) for name in names]
-    return all(low < high for low, high in zip(bits, bits[1:], strict=False))
+    return all(low < high for low, high in itertools.pairwise(bits))
 
 
 def band_fault(formats: tuple[str, ...], stored: Tensor, width: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The rule of bands: exact rounding of each band, its stored bytes, damage, the reference's product."""
+"""The rule of bands: exact rounding, stored bytes, damage, the reference's product."""
 
 from __future__ import annotations
 
@@ -85,7 +85,11 @@ def test_what_is_not_finite_spoils_its_band_of_its_token_alone() -> None:
     rule, x = BandRule(PAIR, 3, bands(1, 0)), torch.ones(3, 6)
     x[0, 1], x[1, 4] = torch.inf, torch.nan
     values = rule.values(x)
-    assert values.isnan().tolist() == [[True] * 3 + [False] * 3, [False] * 3 + [True] * 3, [False] * 6]
+    assert values.isnan().tolist() == [
+        [True] * 3 + [False] * 3,
+        [False] * 3 + [True] * 3,
+        [False] * 6,
+    ]
     assert rule.codes(x)[0][0, :3].tolist() == [0, 0, 0]
     assert bool((values[2] == 1).all())
 
@@ -96,7 +100,9 @@ def test_a_format_without_tiles_and_no_tokens_are_allowed() -> None:
     assert rule.values(x[:0]).shape == (0, 7)
 
 
-@pytest.mark.parametrize("names", [("int5-token",), PAIR, ("int2-token", "int3-token", "int6-token")])
+@pytest.mark.parametrize(
+    "names", [("int5-token",), PAIR, ("int2-token", "int3-token", "int6-token")]
+)
 @pytest.mark.parametrize(("width", "tile"), [(21, 4), (21, 64), (1, 1), (9 * 128, 128)])
 def test_a_stored_rule_comes_back(names: tuple[str, ...], width: int, tile: int) -> None:
     tiles = -(-width // tile)

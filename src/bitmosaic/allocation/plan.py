@@ -171,9 +171,7 @@ class Allocation:
             ) from error
 
 
-def _rule(
-    name: str, described: dict[str, Any], tensors: dict[str, Tensor]
-) -> Rule | None:
+def _rule(name: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Rule | None:
     """Read a layer's rule for activations; ValueError for a damaged one."""
     names = tuple(described["activations"])
     if not names:

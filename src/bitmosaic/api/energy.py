@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import BudgetError, LayerAllocation
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.hardware.energy import Energy, energy

@@ -68,9 +68,7 @@ class ReferenceBackend(Backend):
 BACKEND = ReferenceBackend()
 
 
-def _rounded_linear(
-    x: Tensor, tensor: QuantizedTensor, rule: Rule, bias: Tensor | None
-) -> Tensor:
+def _rounded_linear(x: Tensor, tensor: QuantizedTensor, rule: Rule, bias: Tensor | None) -> Tensor:
     """Multiply activations rounded by `rule`: (g W^T) unit + bias in float32, then x's dtype."""
     flat, weight = x.reshape(-1, x.shape[-1]), _dequantize(tensor, torch.float32)
     if tensor.in_permutation is not None:  # the rule is of the stored order

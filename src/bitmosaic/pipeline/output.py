@@ -180,8 +180,8 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
             dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
     if layer.activations is not None:
-        size = (layer.activations.nbytes,)
-        found.append(Entry(f"{name}.activation_rule", torch.uint8, size))
+        shape = (layer.activations.nbytes,)
+        found.append(Entry(f"{name}.activation_rule", torch.uint8, shape))
     if layer.outliers and layer.outlier_format == RESIDUAL:
         found.append(Entry(f"{name}.outlier_stream", torch.uint8, (stream_bytes(layer.outliers),)))
     elif layer.outliers:
