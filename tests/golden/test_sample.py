@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitmosaic import checkpoint, formats
+from bitmosaic.bands import BandRule
 from bitmosaic.residuals import read_stream, write_stream
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import ARRAYS, QuantizedTensor, pack
@@ -177,6 +178,16 @@ class TestResidualExample:
     def test_stands_in_the_page(self):
         page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
         assert "00 00 80 3d  02 00 00 00  05 ff  03 ff 01 ff" in page
+
+
+class TestBandsExample:
+    """Section 9.3.2 of docs/format-spec.md."""
+
+    def test_is_written_as_on_the_page(self):
+        rule = BandRule(("int4-token", "int8-token"), 16, torch.tensor([0, 0, 0, 1, 1]).byte())
+        assert bytes(rule.stored().tolist()) == bytes.fromhex("1000000018")
+        page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
+        assert "    10 00 00 00  18\n" in page
 
 
 NVFP4_BYTES = {"codes": "aaaaccccf0f000ff", "scales": "3c", "tensor_scales": "0000003d"}
