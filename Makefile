@@ -7,7 +7,7 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize emulate emulated check format hardware bench-quality bench-fgmp plot plot-energy energy-sweep
+.PHONY: FORCE setup demo test sanitize emulate emulated check format hardware bench-quality bench-fgmp bench-toga plot plot-energy energy-sweep
 .PHONY: bench-scale bench-scale-search bench-cpu size clean
 
 setup: $(STAMP)
@@ -95,6 +95,9 @@ plot-energy: $(STAMP)
 
 bench-fgmp: $(STAMP)
 	$(BIN)/python benchmarks/fgmp.py --json benchmarks/results/fgmp.json $(ARGS)
+
+bench-toga: $(STAMP)
+	$(BIN)/python benchmarks/toga.py --json benchmarks/results/toga.json $(ARGS)
 
 energy-sweep: $(STAMP)
 	$(BIN)/python benchmarks/energy_sweep.py --json benchmarks/results/energy_sweep.json $(ARGS)

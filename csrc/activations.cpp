@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bands.h"
 #include "floats.h"
 #include "pool.h"
 
@@ -90,21 +91,44 @@ struct Activated::Task {
         std::fill(values + columns, values + end, 0.0f);
     }
 
-    // Columns of one block of `count` tokens from `first` on.
-    void convert(uint32_t block, int first, int count) const {
+    // A block of a token as floats in stored order, where they are, or else written to `room`. A copy of floats in
+    // order would cost as much as rounding them.
+    const float* floats(int t, size_t column, int columns, float* room, bool copy) const {
+        const uint8_t* row = input + static_cast<size_t>(t) * m.in * size_of(type);
+        if (!copy && type == Scalar::f32 && m.column_of == nullptr) return reinterpret_cast<const float*>(row) + column;
+        to_float(row, type, m.column_of, column, columns, room);
+        return room;
+    }
+
+    // The scales of a token's bands.
+    BandScales measure(int t) const {
+        alignas(64) float room[kBlock];
+        uint32_t largest[kMostBands] = {};
+        for (size_t column = 0; column < m.in; column += kBlock) {
+            const int columns = static_cast<int>(std::min<size_t>(kBlock, m.in - column));
+            measure_bands(m.rule, column, columns, floats(t, column, columns, room, false), largest);
+        }
+        return scales_of(m.rule, largest);
+    }
+
+    // Columns of one block of `count` tokens from `first` on; `bands` holds scales of theirs where the rule is of bands.
+    void convert(uint32_t block, int first, int count, const BandScales* bands) const {
         const size_t column = static_cast<size_t>(block) * kBlock;
         const int columns = static_cast<int>(std::min<size_t>(kBlock, m.in - column));
         alignas(64) float local[kSide][kBlock];
         for (int t = first; t < first + count; ++t) {
-            const uint8_t* row = input + static_cast<size_t>(t) * m.in * size_of(type);
             float* values = x != nullptr ? x + t * stride + column : local[t - first];
-            // Floats in order are read where they are: a copy would cost as much as rounding them.
-            const bool direct = type == Scalar::f32 && m.column_of == nullptr && x == nullptr && sides == nullptr;
-            const float* from = direct ? reinterpret_cast<const float*>(row) + column : values;
-            if (!direct) to_float(row, type, m.column_of, column, columns, values);
-            if (m.rule.scale > 0) round(column, columns, values);
+            const bool kept = x != nullptr || sides != nullptr;
+            const float* from = floats(t, column, columns, values, kept);
             const size_t entry = static_cast<size_t>(block) * tokens + t;
-            if (q != nullptr) scale[entry] = quantize(from, column, columns, q + entry * kBlock);
+            if (m.rule.bands) {
+                const BandScales& own = bands[t - first];
+                if (q != nullptr) scale[entry] = quantize_band(m.rule, own, column, columns, from, q + entry * kBlock);
+                if (kept) round_bands(m.rule, own, column, columns, values);
+            } else {
+                if (m.rule.scale > 0) round(column, columns, values);
+                if (q != nullptr) scale[entry] = quantize(from, column, columns, q + entry * kBlock);
+            }
             if (sides != nullptr && x != nullptr) std::copy(values, values + columns, local[t - first]);
         }
         if (sides == nullptr) return;
@@ -129,22 +153,24 @@ struct Activated::Task {
         for (int t = first; task.x != nullptr && t < first + count; ++t)
             std::fill(task.x + t * task.stride + task.m.in, task.x + (t + 1) * task.stride, 0.0f);
         const bool convert = task.q != nullptr || task.x != nullptr || task.sides != nullptr;
-        for (uint32_t block = 0; convert && block < task.m.blocks; ++block) task.convert(block, first, count);
+        BandScales bands[kSide];
+        for (int t = 0; convert && task.m.rule.bands && t < count; ++t) bands[t] = task.measure(first + t);
+        for (uint32_t block = 0; convert && block < task.m.blocks; ++block) task.convert(block, first, count, bands);
         if (task.sum != nullptr) task.add_up(first, count);
     }
 };
 
 bool Activated::same(const Matrix& m, const void* x, Scalar type, int tokens, size_t bytes) const {
     return bytes == known_bytes_ && type == known_type_ && m.in == known_in_ && tokens == view_.tokens &&
-           same_rule(m) &&
+           same_rule(m.rule, known_rule_, m.in) &&
            std::memcmp(x, known_x_.get(), bytes) == 0;
 }
 
-bool Activated::same_rule(const Matrix& m) const {
-    const ActivationRule &a = m.rule, &b = known_rule_;
+bool same_rule(const ActivationRule& a, const ActivationRule& b, size_t in) {
     if (a.scale != b.scale || a.threshold != b.threshold || a.low != b.low || a.high != b.high) return false;
-    return a.sensitivity == nullptr ||
-           std::equal(known_sensitivity_.begin(), known_sensitivity_.end(), a.sensitivity);
+    if (a.bands != b.bands || !std::equal(a.levels, a.levels + a.bands, b.levels)) return false;
+    if (a.bands && !std::equal(a.band, a.band + in, b.band)) return false;
+    return a.sensitivity == nullptr || std::equal(a.sensitivity, a.sensitivity + in, b.sensitivity);
 }
 
 void Activated::remember(const Matrix& m, const void* x, Scalar type, size_t bytes) {
@@ -153,8 +179,11 @@ void Activated::remember(const Matrix& m, const void* x, Scalar type, size_t byt
     known_type_ = type;
     known_in_ = m.in;
     known_rule_ = m.rule;
-    const float* const first = m.rule.sensitivity;
-    known_sensitivity_.assign(first, first == nullptr ? nullptr : first + m.in);
+    const float* const worth = m.rule.sensitivity;
+    known_sensitivity_.assign(worth, worth == nullptr ? nullptr : worth + m.in);
+    known_band_.assign(m.rule.band, m.rule.band == nullptr ? nullptr : m.rule.band + m.in);
+    if (worth != nullptr) known_rule_.sensitivity = known_sensitivity_.data();
+    if (m.rule.band != nullptr) known_rule_.band = known_band_.data();
 }
 
 const Activations& Activated::operator()(const Matrix& m, const void* x, Scalar type, int tokens, Pass pass,

@@ -35,6 +35,9 @@ private:
 // Tokens whose values of a column stand side by side, a cache line, where outliers meet many tokens.
 constexpr int kSide = 16;
 
+// Whether two rules for `in` columns round alike.
+bool same_rule(const ActivationRule& a, const ActivationRule& b, size_t in);
+
 // One calling thread's activations; what it held for the last call is used again where x is the same.
 class Activated {
 public:
@@ -47,7 +50,6 @@ public:
 
 private:
     struct Task;
-    bool same_rule(const Matrix& m) const;
     bool same(const Matrix& m, const void* x, Scalar type, int tokens, size_t bytes) const;
     void remember(const Matrix& m, const void* x, Scalar type, size_t bytes);
 
@@ -60,8 +62,9 @@ private:
     size_t known_bytes_ = 0;  // of x; 0: nothing is known
     Scalar known_type_ = Scalar::f32;
     uint32_t known_in_ = 0;
-    ActivationRule known_rule_;
+    ActivationRule known_rule_;  // its arrays are the two below
     std::vector<float> known_sensitivity_;
+    std::vector<uint8_t> known_band_;
     bool has_q_ = false, has_x_ = false, has_sides_ = false;
     Buffer<uint8_t> known_x_;
     std::vector<Segment> known_segments_;  // those of sum_

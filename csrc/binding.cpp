@@ -98,6 +98,7 @@ FileTensor tensor_of(const nb::dict& given) {
     take("activation_rule", tensor.activation_rule);
     tensor.activation_low = nb::cast<bool>(given["activation_low"]);
     tensor.activation_high = nb::cast<bool>(given["activation_high"]);
+    tensor.activation_bits = nb::cast<std::vector<int>>(given["activation_bits"]);
     return tensor;
 }
 

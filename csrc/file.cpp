@@ -205,6 +205,7 @@ void File::read_outliers() {
 }
 
 void File::read_rule() {
+    if (!source.activation_bits.empty()) return read_bands();
     rule.low = source.activation_low;
     rule.high = source.activation_high;
     const bool two = rule.low && rule.high;
@@ -223,6 +224,33 @@ void File::read_rule() {
         if (code >= 0x7F) refuse("A sensitivity", "finite and not negative", std::to_string(code));
         sensitivity[i] = e4m3_to_float(code);
     }
+}
+
+void File::read_bands() {
+    const std::vector<int>& bits = source.activation_bits;
+    for (size_t k = 0; k < bits.size(); ++k) {
+        if (bits[k] < (k ? bits[k - 1] + 1 : 2) || bits[k] > 8)
+            refuse("Bits of activations", "2 to 8, rising", std::to_string(bits[k]));
+        rule.levels[k] = static_cast<float>((1 << (bits[k] - 1)) - 1);
+    }
+    const Bytes& stored = source.activation_rule;
+    if (stored.size < 4) refuse("The activation rule", "at least 4 bytes", std::to_string(stored.size));
+    const uint32_t width = load_as<uint32_t>(stored.data);
+    if (width < 1 || width > kLongest)
+        refuse("Columns of a tile of activations", "from 1 to 2147483647", std::to_string(width));
+    const size_t tiles = (in - 1) / width + 1;
+    int map_bits = 0;
+    while (bits.size() > size_t{1} << map_bits) ++map_bits;
+    check_size("The activation rule", stored, 4 + map_bits * packed_bytes(tiles));
+    std::vector<uint8_t> of_tile(tiles);
+    if (map_bits) level().unpack_planes(stored.data + 4, packed_bytes(tiles), map_bits, 0, tiles, of_tile.data());
+    for (const uint8_t index : of_tile)
+        if (index >= bits.size())
+            refuse("The activation rule", "of indices below " + std::to_string(bits.size()), std::to_string(index));
+    rule.scale = rule.inverse = 1;
+    rule.bands = static_cast<int>(bits.size());
+    band.resize(in);
+    for (uint32_t i = 0; i < in; ++i) band[i] = of_tile[i / width];
 }
 
 Tile File::tile(uint32_t tile_row, uint32_t tile_column) const {

@@ -56,8 +56,9 @@ public:
     std::vector<uint32_t> column_of, row_of;   // the permutations; empty when in order
     std::vector<uint32_t> outlier_start;       // [out + 1], by original row; empty where there are none
     std::vector<uint32_t> outlier_columns;     // in original order
-    ActivationRule rule;                       // without sensitivities
+    ActivationRule rule;                       // without its arrays
     std::vector<float> sensitivity;            // as ActivationRule has them; empty with less than two formats
+    std::vector<uint8_t> band;                 // likewise; empty where the rule is not one of bands
 
 private:
     void read_shape();
@@ -66,6 +67,7 @@ private:
     void read_permutations();
     void read_outliers();
     void read_rule();
+    void read_bands();
 
     std::vector<uint8_t> format_of_;  // by tile; empty where there is one format
     std::vector<uint32_t> rank_of_;

@@ -131,6 +131,25 @@ FormatFacts random_strip_format(Random& random) {
     return format;
 }
 
+// A rule for activations in bands of whole numbers.
+void add_bands(Random& random, Weight& w) {
+    for (int bits = 2; bits <= 8; ++bits)
+        if (random.one_in(3) || (bits == 8 && w.tensor.activation_bits.empty()))
+            w.tensor.activation_bits.push_back(bits);
+    const auto width = static_cast<uint32_t>(random.pick<int64_t>({1, 16, 128, 128, 256, INT32_MAX}));
+    const auto tiles = static_cast<size_t>((w.tensor.in - 1) / width + 1);
+    const size_t count = w.tensor.activation_bits.size(), plane = (tiles + 7) / 8;
+    int map_bits = 0;
+    while (count > size_t{1} << map_bits) ++map_bits;
+    w.arrays[rule].resize(4 + map_bits * plane);
+    std::memcpy(w.arrays[rule].data(), &width, 4);
+    for (size_t tile = 0; tile < tiles; ++tile) {
+        const auto index = static_cast<size_t>(random.from(0, static_cast<int64_t>(count) - 1));
+        for (int bit = 0; bit < map_bits; ++bit)
+            w.arrays[rule][4 + bit * plane + tile / 8] |= (index >> bit & 1) << tile % 8;
+    }
+}
+
 // A rule for activations, of one format or two.
 void add_rule(Random& random, Weight& w) {
     const int which = static_cast<int>(random.from(1, 3));
@@ -318,7 +337,7 @@ Sound random_weight(Random& random) {
             sound.decoded[rows[row] * t.in + places[column]] = reader.value(row, column);
     sound.matrix = sound.decoded;
     if (random.one_in(2)) add_outliers(random, sound);
-    if (random.one_in(5)) add_rule(random, w);
+    if (random.one_in(5)) random.one_in(2) ? add_rule(random, w) : add_bands(random, w);
     w.point();
     return sound;
 }
@@ -331,7 +350,7 @@ void damage(Random& random, Weight& w) {
     };
     Array& array = w.arrays[random.from(0, 10)];
     FormatFacts& format = t.formats[random.from(0, static_cast<int64_t>(t.formats.size()) - 1)];
-    switch (random.from(0, 16)) {
+    switch (random.from(0, 17)) {
         case 0: t.out = wild(); break;
         case 1: t.in = wild(); break;
         case 2: t.tile_rows = wild(); break;
@@ -348,6 +367,7 @@ void damage(Random& random, Weight& w) {
         case 13: format.zero_points = !format.zero_points; break;
         case 14: format.grid.resize(random.from(0, 300)); break;
         case 15: t.activation_low = !t.activation_low; break;
+        case 16: t.activation_bits.push_back(static_cast<int>(random.from(0, 9))); break;
         default:
             for (int64_t flips = array.empty() ? 0 : random.from(1, 9); flips; --flips)
                 array[random.bits() % array.size()] ^= uint8_t(1 << random.from(0, 7));

@@ -145,13 +145,21 @@ struct StripRow {
 constexpr int kStripTile = 16;             // columns of a strip's tile
 constexpr uint32_t kMostStripTiles = 4095;  // what kernels have room for
 
-// How a token's activations are rounded before they are multiplied, 16 columns at a time (round_tiles of kernels.h).
+constexpr int kMostBands = 7;  // formats of a rule of bands: 2 to 8 bits
+
+// How a token's activations are rounded before they are multiplied: 16 columns at a time (round_tiles of kernels.h),
+// or in bands (bands.h).
 struct ActivationRule {
-    float scale = 0;  // the unit of everything; 0: there is no rule
+    float scale = 0;  // the unit of everything, 1 of bands; 0: there is no rule
     float inverse = 0;
     float threshold = 0;
     bool low = false, high = false;        // to NVFP4, to FP8; both: where S is above the threshold to FP8
     const float* sensitivity = nullptr;    // [in, filled with 0 to a multiple of 128] where both
+    int bands = 0;                         // formats of bands; 0: tiles of 16 columns are rounded
+    float levels[kMostBands] = {};         // largest code of each
+    const uint8_t* band = nullptr;         // [in] the format of each stored column
+    bool integers = false;                 // codes of bands are multiplied as such: blocks of 128 columns do not mix
+                                           // them, and cells are affine; else code * scale is, as floats
 };
 
 // Views into memory that a Storage owns; all arrays are read-only once packed.

@@ -158,19 +158,14 @@ void run_slab(const std::vector<Part>& all, Scalar type, Pass pass, int threads)
     parallel(call.groups * call.parts, threads, run_chunk, &call);
 }
 
-// What a matrix makes of a wish for integers: strips and rounded activations are multiplied as floats.
+// What a matrix makes of a wish for integers: a rule for activations leaves no choice, strips are multiplied as floats.
 Pass pass_of(const Matrix& m, Pass pass) {
-    return m.strip_row != nullptr || m.rule.scale > 0 ? Pass::exact : pass;
+    if (m.rule.scale > 0) return m.rule.integers ? Pass::integer : Pass::exact;
+    return m.strip_row != nullptr ? Pass::exact : pass;
 }
 
 bool same_segments(const Matrix& a, const Matrix& b) {
     return a.segments == b.segments && std::equal(a.segment, a.segment + a.segments, b.segment, same_segment);
-}
-
-bool same_rule(const Matrix& a, const Matrix& b) {
-    const ActivationRule &r = a.rule, &s = b.rule;
-    return r.scale == s.scale && r.threshold == s.threshold && r.low == s.low && r.high == s.high &&
-           (r.sensitivity == nullptr || std::equal(r.sensitivity, r.sensitivity + a.in, s.sensitivity));
 }
 
 // The activations of one slab for one matrix; each calling thread keeps its last.
@@ -205,7 +200,7 @@ void linear(const Matrix& m, const void* x, Scalar type, int64_t tokens, const v
 void linear_of_one(const Product* products, int count, const float* x, Pass pass, int threads) {
     static thread_local std::vector<Part> all;
     const auto shares = [pass](const Matrix& m, const Matrix& with) {
-        return m.in == with.in && pass_of(m, pass) == pass_of(with, pass) && same_rule(m, with) &&
+        return m.in == with.in && pass_of(m, pass) == pass_of(with, pass) && same_rule(m.rule, with.rule, m.in) &&
                m.column_of == nullptr && with.column_of == nullptr && same_segments(m, with);
     };
     for (int first = 0, end; first < count; first = end) {

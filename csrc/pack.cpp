@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "bands.h"
 #include "fill.h"
 #include "numbers.h"
 #include "pool.h"
@@ -32,6 +33,7 @@ struct Arrays {
     uint32_t* outlier_end;
     uint16_t* outlier_column;
     float *outlier_delta, *outlier_value, *sensitivity;
+    uint8_t* band;
     uint8_t* data;
     size_t bytes;  // of all
 };
@@ -67,6 +69,7 @@ Arrays lay_out(const Plan& plan, uint8_t* base) {
     lay(a.outlier_delta, outliers);
     lay(a.outlier_value, outliers);
     lay(a.sensitivity, file.sensitivity.size());
+    lay(a.band, file.band.size());
     lay(a.data, plan.data_bytes + kReadable);
     a.bytes = end;
     return a;
@@ -119,6 +122,7 @@ private:
         std::copy(plan.grids.small_tables.begin(), plan.grids.small_tables.end(), arrays_.small_table);
         std::copy(plan.grids.wide_tables.begin(), plan.grids.wide_tables.end(), arrays_.wide_table);
         std::copy(plan.file.sensitivity.begin(), plan.file.sensitivity.end(), arrays_.sensitivity);
+        std::copy(plan.file.band.begin(), plan.file.band.end(), arrays_.band);
         const Channels& channels = plan.channels;
         std::copy(channels.scale.begin(), channels.scale.end(), arrays_.channel_scale);
         std::copy(channels.value.begin(), channels.value.end(), arrays_.channel_value);
@@ -167,6 +171,12 @@ private:
         matrix_.strip_tiles = plan.strips.tiles;
         matrix_.rule = file.rule;
         matrix_.rule.sensitivity = arrays_.sensitivity;
+        matrix_.rule.band = arrays_.band;
+        if (file.rule.bands) {
+            const auto exact = [](const Run& run) { return run.kind == Kind::affine || !is_quad(run.kind); };
+            matrix_.rule.integers = arrays_.strip_row == nullptr && bands_fit_blocks(matrix_.rule, file.in) &&
+                                    std::all_of(plan.runs.begin(), plan.runs.end(), exact);
+        }
         matrix_.column_of = arrays_.column_of;
         matrix_.row_of = arrays_.row_of;
         matrix_.stored_row = arrays_.stored_row;

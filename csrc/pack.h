@@ -39,7 +39,8 @@ struct FileTensor {
     Bytes codes, scales, zero_points, grids, tile_map;
     Bytes in_permutation, out_permutation;
     Bytes activation_rule;
-    bool activation_low = false, activation_high = false;  // formats of activations; neither: there is no rule
+    bool activation_low = false, activation_high = false;  // formats of activations; neither: there is no rule, or
+    std::vector<int> activation_bits;                      // it is one of bands, with formats of so many bits
     Bytes outlier_values, outlier_columns, outlier_counts;
     ScaleType outlier_type = ScaleType::fp16;  // fp16, bf16 or fp32
 };

@@ -15,6 +15,7 @@ from torch import Tensor
 from bitmosaic import checkpoint, formats
 from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import LayerAllocation
+from bitmosaic.bands import BandRule
 from bitmosaic.rounding import encode_nearest, nearest
 from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
 from bitmosaic.tiling import grid_shape
@@ -117,7 +118,7 @@ def layers(draw: st.DrawFn, names: tuple[str, ...]) -> LayerAllocation:
 
 
 def packed_tensors() -> dict[str, QuantizedTensor]:
-    """Make four packed weights that use every stored array of the built-in formats."""
+    """Make packed weights that use every stored array of the built-in formats."""
     mixed = random_layer(
         2,
         (24, 70),
@@ -134,6 +135,8 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
     rounded = random_layer(5, (6, 40), (1, 16), ("nvfp4", "fp8-e4m3-tensor"))
     worth = weights(6, (1, 40))[0].abs().to(torch.float8_e4m3fn).float()
     rule = ActivationRule(("nvfp4", "fp8-e4m3-tensor"), 0.002, 3e4, worth)
+    banded = random_layer(6, (8, 72), (8, 16), ("int4-g16", "int8-g16"))
+    bands = BandRule(("int4-token", "int8-token"), 16, banded.tile_map[0])
     return {
         "layer.mixed": pack(
             weight,
@@ -148,6 +151,7 @@ def packed_tensors() -> dict[str, QuantizedTensor]:
         "layer.plain": nearest(weights(2, plain.shape), plain),
         "layer.halves": nearest(weights(3, halves.shape), halves),
         "layer.rounded": nearest(weights(5, rounded.shape), rounded).with_activations(rule),
+        "layer.bands": nearest(weights(7, banded.shape), banded).with_activations(bands),
         "layer.residual": with_residuals(residual, few.to(torch.int8) * -90, few, 0.0625, 9),
     }
 

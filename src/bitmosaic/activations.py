@@ -13,6 +13,9 @@ significant bits and are exact in any float type:
     y = (g W^T) s2 + bias,      g = Q(x) / s2
 
 FP8's scale is 6 s2, which is amax / 448 up to rounding when s2 is amax / 2688.
+
+The other kind of rule rounds bands of in_channels to whole numbers: `bands.BandRule`.  Whoever
+multiplies knows both as `Rule`: `values` of an input, and the `unit` in which they count.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from bitmosaic.bands import BandRule, are_band_formats, band_fault
 from bitmosaic.formats.nvfp import (
     GROUP,
     LARGEST_POINT,
@@ -75,8 +79,18 @@ class ActivationRule:
     threshold: float = 0.0
     sensitivity: Float[Tensor, " in"] | None = None
 
+    @property
+    def unit(self) -> float:
+        """What the rule's values count in."""
+        return self.tensor_scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored rule."""
+        return 4 if self.sensitivity is None else 8 + self.sensitivity.numel()
+
     def stored(self) -> UInt8[Tensor, " bytes"]:
-        """Write the rule as the bytes of `activation_rule` (docs/format-spec.md, section 9.3)."""
+        """Write the rule as the bytes of `activation_rule` (docs/format-spec.md, section 9.3.1)."""
         numbers = [self.tensor_scale]
         if self.sensitivity is None:
             return torch.tensor(numbers, dtype=torch.float32).view(torch.uint8)
@@ -102,6 +116,10 @@ class ActivationRule:
             sum(part.infinite for part in parts),
             sum(part.clipped for part in parts),
         )
+
+    def values(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens in"]:
+        """Round activations in stored order: float32, in units of the rule's tensor scale."""
+        return self.quantize(x).values
 
     def scores(self, u: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return S of each tile, [tokens, tiles_in], from tiles [tokens, tiles_in, 16]."""
@@ -129,14 +147,26 @@ class ActivationRule:
         )
 
 
-def rule_bytes(formats: tuple[str, ...], width: int) -> int:
-    """Bytes of a stored rule for `width` in_channels; 0 for no formats."""
-    return 8 + width if len(formats) == 2 else 4 * len(formats)
+Rule = ActivationRule | BandRule
+
+
+def are_offered(formats: tuple[str, ...]) -> bool:
+    """Tell whether a rule may have these formats."""
+    return formats in CHOICES or are_band_formats(formats)
+
+
+def read_rule(formats: tuple[str, ...], stored: UInt8[Tensor, " bytes"], width: int) -> Rule:
+    """Read a stored rule of `width` in_channels, after `rule_fault` found no fault."""
+    if are_band_formats(formats):
+        return BandRule.read(formats, stored, width)
+    return ActivationRule.read(formats, stored)
 
 
 def rule_fault(formats: tuple[str, ...], stored: Tensor, width: int) -> str | None:
-    """Say what is wrong with a stored rule; None when nothing is."""
-    size = rule_bytes(formats, width)
+    """Say what is wrong with the stored rule of `width` in_channels; None when nothing is."""
+    if are_band_formats(formats):
+        return band_fault(formats, stored, width)
+    size = 8 + width if len(formats) == 2 else 4 * len(formats)
     if stored.dtype != torch.uint8 or stored.dim() != 1 or stored.numel() != size:
         return f"must be {size} bytes (uint8), not {list(stored.shape)} of {stored.dtype}"
     head = stored[: 4 * len(formats)].cpu().clone().view(torch.float32)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from bitmosaic.activations import rule_bytes
 from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_bytes
@@ -49,12 +48,11 @@ def predict_bytes(
     out_permutation: bool = False,
     outliers: int = 0,
     outlier_format: str = "fp16",
-    activation_formats: tuple[str, ...] = (),
+    activation_bytes: int = 0,
 ) -> int:
     """Price a tensor before it exists; equals `nbytes` of what `pack` makes."""
     total = outlier_bytes(shape, outliers, outlier_format)
-    total += rule_bytes(activation_formats, shape[1])
-    total += 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
+    total += activation_bytes + 4 * len(used) + map_bits(len(used)) * packed_bytes(tile_map.numel())
     total += permutation_bytes(shape[1]) * in_permutation
     total += permutation_bytes(shape[0]) * out_permutation
     for section in sections(shape, tile, used, tile_map):

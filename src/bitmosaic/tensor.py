@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.activations import ActivationRule
+from bitmosaic.activations import Rule, read_rule
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.formats.base import largest_magnitude
 from bitmosaic.residuals import read_stream, stream_bytes, write_stream
@@ -78,7 +78,7 @@ class QuantizedTensor:
         outlier_columns: their in_channels in original order, ascending in a row.
         outlier_counts: how many of them each out_channel has, uint16 or int32.
         outlier_stream: in place of these three, outliers in two bytes each (`residuals`).
-        activation_formats: formats that activations are rounded to, one of `activations.CHOICES`;
+        activation_formats: formats that activations are rounded to, as `activations.are_offered`;
             empty where they stay as they are.
         activation_rule: the bytes of the rule that decides between them.
     """
@@ -123,13 +123,13 @@ class QuantizedTensor:
         return self.codes.device
 
     @property
-    def activations(self) -> ActivationRule | None:
+    def activations(self) -> Rule | None:
         """How activations are to be rounded before they are multiplied; None for not at all."""
         if self.activation_rule is None:
             return None
-        return ActivationRule.read(self.activation_formats, self.activation_rule)
+        return read_rule(self.activation_formats, self.activation_rule, self.shape[1])
 
-    def with_activations(self, rule: ActivationRule | None) -> QuantizedTensor:
+    def with_activations(self, rule: Rule | None) -> QuantizedTensor:
         """Return the same weight with a rule for its activations."""
         if rule is None:
             return replace(self, activation_formats=(), activation_rule=None)

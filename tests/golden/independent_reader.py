@@ -178,6 +178,8 @@ def put_outliers(
 
 def round_activations(names: list[str], stored: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Round activations [tokens, in] in stored order by a rule, in units of its scale (9.3)."""
+    if names[0].endswith("-token"):
+        return round_bands(names, stored, x)
     head = stored[: 4 * len(names)].view("<f4")
     width = x.shape[1]
     u = np.clip(x.astype("f4") * (np.float32(1) / head[0]), np.float32(-2688), np.float32(2688))
@@ -195,6 +197,25 @@ def round_activations(names: list[str], stored: np.ndarray, x: np.ndarray) -> np
             terms = terms[..., :half] + terms[..., half:]
         chosen = np.where(terms <= head[1], low, high)
     return chosen.reshape(len(x), -1)[:, :width].astype("f4")
+
+
+def round_bands(names: list[str], stored: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Round activations band by band to whole numbers, times their scales (9.3.2)."""
+    width = x.shape[1]
+    tile = int(stored[:4].view("<u4")[0])
+    tiles = -(-width // tile)
+    bits = (len(names) - 1).bit_length()
+    of_tile = read_planes(stored[4:], bits, tiles) if bits else np.zeros(tiles, np.int64)
+    band = of_tile[np.arange(width) // tile]
+    rounded = np.zeros(x.shape, "f4")
+    for index, name in enumerate(names):
+        most = np.float32(2 ** (int(name[3]) - 1) - 1)
+        for row, values in zip(rounded, x.astype("f4"), strict=True):
+            part = values[band == index]
+            largest = np.abs(part).max(initial=np.float32(0))
+            if largest >= 2.0**-100:
+                row[band == index] = np.rint(part * (most / largest)) * (largest / most)
+    return rounded
 
 
 def low_tiles(u: np.ndarray) -> np.ndarray:

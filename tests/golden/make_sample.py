@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitmosaic import checkpoint
 from bitmosaic.activations import HIGH, LOW, ActivationRule
+from bitmosaic.bands import BandRule
 from bitmosaic.residuals import gap_bytes
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import QuantizedTensor, pack, with_residuals
@@ -202,12 +203,39 @@ def rule(width: int, threshold: float) -> ActivationRule:
     )
 
 
+def bands() -> dict[str, QuantizedTensor]:
+    """Rules of whole numbers: of two and of three widths, in another order, and of one."""
+    mixed = make((6, 75), (6, 16), ("int4-g16", "int8-g16"), in_permutation=order(75, 7))
+    many = make((4, 90), (4, 8), ("int3-g8", "int4-g8", "int8-g8"))
+    plain = make((3, 33), (3, 33), ("int4-g16",))
+    last = torch.tensor([0, 0, 0, 1, 1], dtype=torch.uint8)
+    spread = (torch.arange(12) * 5 % 3).to(torch.uint8)
+    one = torch.zeros(1, dtype=torch.uint8)
+    return {
+        "mixed": mixed.with_activations(BandRule(("int4-token", "int8-token"), 16, last)),
+        "many": many.with_activations(
+            BandRule(("int2-token", "int3-token", "int7-token"), 8, spread)
+        ),
+        "plain": plain.with_activations(BandRule(("int5-token",), 33, one)),
+    }
+
+
+def rounded(tensor: QuantizedTensor) -> Tensor:
+    """Round the sample's inputs by a tensor's rule; in bands an infinite value leaves no number."""
+    assert tensor.activations is not None
+    x = inputs(tensor)
+    if isinstance(tensor.activations, BandRule):
+        x = x.clamp(-1e30, 1e30)
+    return tensor.activations.values(x)
+
+
 SAMPLES = {
     "sample-v1": sample,
     "sample-v1-codebooks": codebooks,
     "sample-v1-residuals": residuals,
     "sample-v1-microscaling": microscaling,
     "sample-v1-activations": activations,
+    "sample-v1-bands": bands,
 }
 
 
@@ -237,13 +265,11 @@ def write_sample(directory: Path, name: str, tensors: dict[str, QuantizedTensor]
             for key, tensor in tensors.items()
         },
     }
-    rules = {key: tensor.activations for key, tensor in tensors.items() if tensor.activations}
+    rules = {key: tensor for key, tensor in tensors.items() if tensor.activations}
     if rules:
         described["sha256 of rounded activations"] = {
-            key: hashlib.sha256(
-                rule.quantize(inputs(tensors[key])).values.numpy().tobytes()
-            ).hexdigest()
-            for key, rule in rules.items()
+            key: hashlib.sha256(rounded(tensor).numpy().tobytes()).hexdigest()
+            for key, tensor in rules.items()
         }
     checkpoint.write_text(directory / f"{name}.json", json.dumps(described, indent=1) + "\n")
 

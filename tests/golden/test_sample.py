@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitmosaic import checkpoint, formats
+from bitmosaic.bands import BandRule
 from bitmosaic.residuals import read_stream, write_stream
 from bitmosaic.rounding import encode_nearest
 from bitmosaic.tensor import ARRAYS, QuantizedTensor, pack
@@ -53,22 +54,26 @@ def test_the_writer_still_makes_the_frozen_bytes(tmp_path):
         assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
 
 
-ROUNDED = TENSORS["sample-v1-activations"]
+ROUNDED = ("sample-v1-activations", "sample-v1-bands")
 
 
-@pytest.mark.parametrize("name", ROUNDED)
-def test_both_readers_round_activations_alike(directories, name):
-    packed = checkpoint.open_packed(directories["sample-v1-activations"])
-    tensor = packed.load(name)
+@pytest.mark.parametrize(
+    ("sample", "name"), [(sample, name) for sample in ROUNDED for name in TENSORS[sample]]
+)
+def test_both_readers_round_activations_alike(directories, sample, name):
+    tensor = checkpoint.open_packed(directories[sample]).load(name)
+    names = TENSORS[sample][name]["activations"]
     x = make_sample.inputs(tensor)
-    ours = tensor.activations.quantize(x).values.numpy()
+    ours = make_sample.rounded(tensor).numpy()
     stored = tensor.activation_rule.numpy()
-    stranger = independent_reader.round_activations(ROUNDED[name]["activations"], stored, x.numpy())
-    expected = DESCRIBED["sample-v1-activations"]["sha256 of rounded activations"][name]
+    if sample == "sample-v1-bands":
+        x = x.clamp(-1e30, 1e30)
+    stranger = independent_reader.round_activations(names, stored, x.numpy())
+    expected = DESCRIBED[sample]["sha256 of rounded activations"][name]
     assert hashlib.sha256(ours.tobytes()).hexdigest() == expected
     assert np.array_equal(ours, stranger)
-    low = tensor.activations.quantize(x).low
-    assert len(ROUNDED[name]["activations"]) == 1 or 0.2 < float(low.double().mean()) < 0.9
+    if sample == "sample-v1-activations" and len(names) == 2:
+        assert 0.2 < float(tensor.activations.quantize(x).low.double().mean()) < 0.9
 
 
 @every_tensor
@@ -173,6 +178,16 @@ class TestResidualExample:
     def test_stands_in_the_page(self):
         page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
         assert "00 00 80 3d  02 00 00 00  05 ff  03 ff 01 ff" in page
+
+
+class TestBandsExample:
+    """Section 9.3.2 of docs/format-spec.md."""
+
+    def test_is_written_as_on_the_page(self):
+        rule = BandRule(("int4-token", "int8-token"), 16, torch.tensor([0, 0, 0, 1, 1]).byte())
+        assert bytes(rule.stored().tolist()) == bytes.fromhex("1000000018")
+        page = (HERE.parents[1] / "docs" / "format-spec.md").read_text()
+        assert "    10 00 00 00  18\n" in page
 
 
 NVFP4_BYTES = {"codes": "aaaaccccf0f000ff", "scales": "3c", "tensor_scales": "0000003d"}

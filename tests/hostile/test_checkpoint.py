@@ -131,11 +131,44 @@ class TestActivationRules:
     """What decides at run time how activations are rounded."""
 
     ROUNDED = TENSORS["layer.rounded"]
+    BANDS = TENSORS["layer.bands"]
 
-    def faulty(self, match, change):
-        changed = arrays(self.ROUNDED)
+    def faulty(self, match, change, tensor=ROUNDED):
+        changed = arrays(tensor)
         changed["activation_rule"] = change(changed["activation_rule"])
-        refused(f"layer.mixed.activation_rule {match}", changed=changed, tensor=self.ROUNDED)
+        refused(f"layer.mixed.activation_rule {match}", changed=changed, tensor=tensor)
+
+    def test_bands_have_their_exact_length_and_known_formats(self):
+        for length in (0, 3):
+            self.faulty(
+                "must be at least 4 bytes", lambda rule, size=length: rule[:size], self.BANDS
+            )
+        for length in (4, 6):
+            self.faulty(
+                "must be 5 bytes", lambda rule, size=length: rule.repeat(2)[:size], self.BANDS
+            )
+        for tile in (0, 2**31, 2**32 - 1):
+            head = torch.tensor([tile]).view(torch.uint8)[:4]
+            self.faulty(
+                "must have tiles of 1 to",
+                lambda rule, head=head: torch.cat([head, rule[4:]]),
+                self.BANDS,
+            )
+        # Three formats take two planes, and a map of ones names a fourth.
+        three = {"activations": ["int3-token", "int4-token", "int8-token"]}
+        changed = arrays(self.BANDS)
+        refused("must be 6 bytes", describe(self.BANDS) | three, changed)
+        ones = torch.full((2,), 255, dtype=torch.uint8)
+        changed["activation_rule"] = torch.cat([changed["activation_rule"][:4], ones])
+        refused("must hold indices below 3", describe(self.BANDS) | three, changed)
+
+    @pytest.mark.parametrize(
+        "value", [["int1-token"], ["int9-token"], ["int8-token", "int4-token"], ["int4-token"] * 2,
+                  ["int4-token", "nvfp4"], [["int4-token"]], [4]]
+    )  # fmt: skip
+    def test_formats_of_bands_rise(self, value):
+        described = describe(self.BANDS) | {"activations": value}
+        refused("activations of layer.mixed must be", described, arrays(self.BANDS))
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, -0.5])
     def test_the_tensor_scale_must_be_positive_and_finite(self, value):

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitmosaic.activations import ActivationRule
 from bitmosaic.backends import _cpu
 from bitmosaic.backends.cpu import _describe
+from bitmosaic.bands import BandRule
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
 from kernels.cases import mixture
 
@@ -27,6 +28,15 @@ STRIPS = mixture(
     ("nvfp4", "fp8-e4m3-tensor", "pruned"), (70, 200), (1, 16), permuted=True, outliers=0.02
 ).with_activations(
     ActivationRule(("nvfp4", "fp8-e4m3-tensor"), 0.01, 0.5, torch.linspace(0, 448, 200))
+)
+BANDS = mixture(
+    ("int4-g32", "int8-g32", "fp16"), (100, 200), (24, 40), permuted=True, outliers=0.02
+).with_activations(
+    BandRule(
+        ("int3-token", "int4-token", "int8-token"),
+        40,
+        torch.tensor([0, 2, 1, 2, 0]).to(torch.uint8),
+    )
 )
 LARGE = (-(2**63), -(2**31), -1, 0, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)
 
@@ -131,6 +141,21 @@ INVALID_STRIPS: dict[str, Callable[[Described], None]] = {
 }
 
 
+INVALID_BANDS: dict[str, Callable[[Described], None]] = {
+    "bands of no columns": rule(0, 0, 0, 0, 0),
+    "bands of other columns": rule(0, 20),
+    "bands of too many columns": rule(0, 0, 0, 0, 128),
+    "a band of no format": rule(4, 31, 31),
+    "a format less": fact("activation_bits", [4, 8]),
+    "no formats": fact("activation_bits", []),
+    "a format more": fact("activation_bits", [2, 3, 4, 5, 8]),
+    "too few bits": fact("activation_bits", [1, 4, 8]),
+    "too many bits": fact("activation_bits", [4, 8, 9]),
+    "falling bits": fact("activation_bits", [8, 4, 3]),
+    "a column less": fact("in", 199),
+}
+
+
 def lengths(tensor: QuantizedTensor) -> dict[str, Callable[[Described], None]]:
     """Make every array too short, too long, and empty."""
 
@@ -156,19 +181,23 @@ def lengths(tensor: QuantizedTensor) -> dict[str, Callable[[Described], None]]:
 
 INVALID |= lengths(TENSOR)
 INVALID_STRIPS |= lengths(STRIPS)
+INVALID_BANDS |= lengths(BANDS)
+KINDS = ((TENSOR, INVALID), (STRIPS, INVALID_STRIPS), (BANDS, INVALID_BANDS))
 
 
 @pytest.mark.parametrize(
-    ("tensor", "what"),
+    ("tensor", "change"),
     [
-        (tensor, what)
-        for tensor, each in ((TENSOR, INVALID), (STRIPS, INVALID_STRIPS))
-        for what in each
+        pytest.param(tensor, change, id=what)
+        for tensor, each in KINDS
+        for what, change in each.items()
     ],
 )
-def test_what_does_not_fit_together_is_refused(tensor: QuantizedTensor, what: str) -> None:
+def test_what_does_not_fit_together_is_refused(
+    tensor: QuantizedTensor, change: Callable[[Described], None]
+) -> None:
     described = Described(tensor)
-    (INVALID if tensor is TENSOR else INVALID_STRIPS)[what](described)
+    change(described)
     with pytest.raises((ValueError, OverflowError)) as refused:
         _cpu.pack(described.given(), 1)
     assert str(refused.value)
@@ -176,7 +205,7 @@ def test_what_does_not_fit_together_is_refused(tensor: QuantizedTensor, what: st
         _cpu.planned_bytes(described.given())
 
 
-@pytest.mark.parametrize("tensor", [TENSOR, STRIPS])
+@pytest.mark.parametrize("tensor", [TENSOR, STRIPS, BANDS])
 def test_what_fits_is_accepted(tensor: QuantizedTensor) -> None:
     described = Described(tensor)
     handle = _cpu.pack(described.given(), 1)
@@ -189,7 +218,7 @@ def test_what_fits_is_accepted(tensor: QuantizedTensor) -> None:
             use(1 << 40)
 
 
-@pytest.mark.parametrize("tensor", [TENSOR, STRIPS])
+@pytest.mark.parametrize("tensor", [TENSOR, STRIPS, BANDS])
 @pytest.mark.parametrize("seed", range(8))
 def test_random_damage_is_refused_or_harmless(seed: int, tensor: QuantizedTensor) -> None:
     """Whatever is accepted runs: under the sanitizers no access is out of bounds."""

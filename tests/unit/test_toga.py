@@ -448,7 +448,8 @@ def test_presets_are_sets_of_formats() -> None:
     for name, chosen in PRESETS.items():
         method = Toga(formats=(name,))
         assert method.formats == chosen
-        assert method == Toga(formats=chosen)
+        assert method == Toga(formats=chosen, mode=method.mode)
+        assert method.rounds_inputs == (name in ("w3.2a3.2", "w4a4"))
         assert method.parameters()["formats"] == list(chosen)
 
 

@@ -4,6 +4,7 @@ All solvers see one table for each layer, `TileCosts`: the estimated loss of eve
 candidate format, and its exact bytes.  Tiles of the whole model compete in one pool.
 """
 
+from bitmosaic.allocation.bands import band_formats, band_rule, widest_rule
 from bitmosaic.allocation.budget import Budget, BudgetError, parse_size
 from bitmosaic.allocation.costs import (
     TileCosts,
@@ -30,6 +31,8 @@ __all__ = [
     "LayerAllocation",
     "Split",
     "TileCosts",
+    "band_formats",
+    "band_rule",
     "by_share",
     "by_threshold",
     "check_feasible",
@@ -43,4 +46,5 @@ __all__ = [
     "solve",
     "two_level",
     "uniform",
+    "widest_rule",
 ]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.activations import ActivationRule, rule_bytes
+from bitmosaic.activations import Rule
 from bitmosaic.allocation.budget import BudgetError
 from bitmosaic.allocation.plan import LayerAllocation, uniform
 from bitmosaic.formats.base import packed_bytes
@@ -38,7 +38,7 @@ class TileCosts:
     outlier_format: str = "fp16"
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
-    activations: ActivationRule | None = None
+    activations: Rule | None = None
     spare_outliers: int = 0
     """How many more than `outliers` the bytes of a budget may go to."""
 
@@ -73,7 +73,7 @@ class TileCosts:
         if self.out_permutation is not None:
             total += permutation_bytes(self.shape[0])
         if self.activations is not None:
-            total += rule_bytes(self.activations.formats, self.shape[1])
+            total += self.activations.nbytes
         return total + outlier_bytes(self.shape, self.outliers, self.outlier_format)
 
     def plan(self, tile_map: UInt8[Tensor, "tiles_out tiles_in"]) -> LayerAllocation:

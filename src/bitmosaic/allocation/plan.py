@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats
-from bitmosaic.activations import CHOICES, ActivationRule, rule_fault
+from bitmosaic.activations import Rule, are_offered, read_rule, rule_fault
 from bitmosaic.stored import OUTLIER_FORMATS, predict_bytes
 from bitmosaic.tensor import drop_unused
 from bitmosaic.tiling import grid_shape
@@ -46,7 +46,7 @@ class LayerAllocation:
     outlier_format: str = "fp16"
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
-    activations: ActivationRule | None = None
+    activations: Rule | None = None
 
     @property
     def activation_formats(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class LayerAllocation:
             out_permutation=self.out_permutation is not None,
             outliers=self.outliers,
             outlier_format=self.outlier_format,
-            activation_formats=self.activation_formats,
+            activation_bytes=0 if self.activations is None else self.activations.nbytes,
         )
 
 
@@ -171,17 +171,16 @@ class Allocation:
             ) from error
 
 
-def _rule(
-    name: str, described: dict[str, Any], tensors: dict[str, Tensor]
-) -> ActivationRule | None:
+def _rule(name: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Rule | None:
     """Read a layer's rule for activations; ValueError for a damaged one."""
     names = tuple(described["activations"])
     if not names:
         return None
     stored = tensors[f"{name}.activation_rule"]
-    if names not in CHOICES or rule_fault(names, stored, int(described["shape"][1])):
+    width = int(described["shape"][1])
+    if not are_offered(names) or rule_fault(names, stored, width):
         raise ValueError("a rule for activations does not fit its matrix")
-    return ActivationRule.read(names, stored)
+    return read_rule(names, stored, width)
 
 
 def _checked(layer: LayerAllocation) -> LayerAllocation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import BudgetError, LayerAllocation
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.hardware.energy import Energy, energy
@@ -65,7 +66,7 @@ def workload(layers: Mapping[str, LayerAllocation], inputs: Mapping[str, InputSc
 def _activation_share(layer: LayerAllocation, found: InputScores | None) -> float:
     """Share of FP4 among the tiles of a layer's input on the calibration text."""
     rule = layer.activations
-    if rule is None or found is None:
+    if found is None or not isinstance(rule, ActivationRule):
         return 0.0
     if len(rule.formats) == 1:
         return float(rule.formats[0] != found.rule.formats[1])

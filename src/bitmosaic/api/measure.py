@@ -16,6 +16,7 @@ from bitmosaic.evaluation.model import (
     open_tokenizer,
     silence_loading,
 )
+from bitmosaic.evaluation.packed_cache import check_kv
 from bitmosaic.evaluation.perplexity import Progress
 from bitmosaic.integrations.loading import load
 from bitmosaic.linear import check_activations
@@ -37,6 +38,7 @@ def evaluate(
     by_document: bool = False,
     calibration: str | Path | None = None,
     activations: str = "exact",
+    kv: str = "exact",
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
@@ -54,11 +56,13 @@ def evaluate(
             the sketch in recipe.json serves.
         activations: "exact": the figures are the checkpoint's own.  "int8": they are those of the
             fast mode in which `generate` runs, and the record adds what that costs against exact.
+        kv: "exact", or "int4" for keys and values of the model in 4 bits.
         dtype: float32, bfloat16 or float16.
         device: Where the models run.
         progress: Called with (windows done, windows in all).
     """
     check_activations(activations)
+    check_kv(kv)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
     path = _open(model)
@@ -78,6 +82,7 @@ def evaluate(
                 () if calibration is None else evaluation.read_text(calibration, "train")
             ),
             activations=activations,
+            kv=kv,
             dtype=_DTYPES[dtype],
             device=device,
             progress=progress,
@@ -100,14 +105,17 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     activations: str = "int8",
+    kv: str = "exact",
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Generation:
     """Go on with a prompt by a model, packed or not; greedy unless a temperature is given.
 
-    Packed layers round their inputs to int8 unless `activations` is "exact".
+    Packed layers round their inputs to int8 unless `activations` is "exact"; keys and values are
+    kept in 4 bits where `kv` is "int4".
     """
     check_activations(activations)
+    check_kv(kv)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
     path = _open(model)
@@ -115,7 +123,13 @@ def generate(
         path, activations=activations, dtype=_DTYPES[dtype], device=device
     )
     return run_generation(
-        loaded, open_tokenizer(path), prompt, tokens=tokens, temperature=temperature, seed=seed
+        loaded,
+        open_tokenizer(path),
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        kv=kv,
     )
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule, Rounded
 from bitmosaic.backends.base import ACTIVATIONS, Backend
+from bitmosaic.bands import are_band_formats, bits_of
 from bitmosaic.formats import Format, UnsupportedError
 from bitmosaic.formats.nvfp import GROUP as TILE
 from bitmosaic.tensor import QuantizedTensor
@@ -306,6 +307,11 @@ def round_activations(x: Tensor, rule: ActivationRule) -> Rounded:
     return Rounded(values, low, infinite, clipped)
 
 
+def _band_bits(names: tuple[str, ...]) -> list[int]:
+    """Bits of the formats of a rule of bands; empty where there is none."""
+    return [bits_of(name) for name in names] if are_band_formats(names) else []
+
+
 def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:
     """Write down a tensor as the kernels read it; also what must stay alive while they do."""
     alive: list[Tensor] = []
@@ -338,6 +344,7 @@ def _describe(tensor: QuantizedTensor) -> tuple[dict[str, Any], list[Tensor]]:
         "outlier_type": tensor.outlier_format,
         "activation_low": LOW in tensor.activation_formats,
         "activation_high": HIGH in tensor.activation_formats,
+        "activation_bits": _band_bits(tensor.activation_formats),
         "arrays": {name: place(array) for name, array in tensor.arrays().items()},
     }
     return described, alive

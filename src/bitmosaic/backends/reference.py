@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitmosaic.activations import ActivationRule
+from bitmosaic.activations import Rule
 from bitmosaic.backends.base import Backend
 from bitmosaic.formats import SCALE_DTYPES
 from bitmosaic.formats.base import packed_bytes
@@ -68,15 +68,13 @@ class ReferenceBackend(Backend):
 BACKEND = ReferenceBackend()
 
 
-def _rounded_linear(
-    x: Tensor, tensor: QuantizedTensor, rule: ActivationRule, bias: Tensor | None
-) -> Tensor:
-    """Multiply activations rounded by `rule`: (g W^T) s2 + bias in float32, then x's dtype."""
+def _rounded_linear(x: Tensor, tensor: QuantizedTensor, rule: Rule, bias: Tensor | None) -> Tensor:
+    """Multiply activations rounded by `rule`: (g W^T) unit + bias in float32, then x's dtype."""
     flat, weight = x.reshape(-1, x.shape[-1]), _dequantize(tensor, torch.float32)
     if tensor.in_permutation is not None:  # the rule is of the stored order
         order = tensor.in_permutation.long()
         flat, weight = flat[:, order], weight[:, order]
-    product = functional.linear(rule.quantize(flat).values, weight) * rule.tensor_scale
+    product = functional.linear(rule.values(flat), weight) * rule.unit
     if bias is not None:
         product += bias.to(torch.float32)
     return product.to(x.dtype).view(*x.shape[:-1], tensor.shape[0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmosaic import formats
-from bitmosaic.activations import CHOICES, rule_fault
+from bitmosaic.activations import CHOICES, are_offered, rule_fault
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_fault
 from bitmosaic.stored import OUTLIER_DTYPES, OUTLIER_FORMATS, RESIDUAL, map_bits
@@ -186,10 +186,14 @@ def described_tensor(name: str, described: Any) -> QuantizedTensor:
             f"permutations of {name} must be in, out or both in this order, not {sides!r}."
         )
     rounded = described.get("activations", [])
-    if rounded != [] and (not isinstance(rounded, list) or tuple(rounded) not in CHOICES):
+    if rounded != [] and not (
+        isinstance(rounded, list)
+        and all(isinstance(each, str) for each in rounded)
+        and are_offered(tuple(rounded))
+    ):
         raise ValueError(
-            f"activations of {name} must be {' or '.join(map(str, map(list, CHOICES)))}, "
-            f"not {rounded!r}."
+            f"activations of {name} must be {' or '.join(map(str, map(list, CHOICES)))}, or "
+            f"int2-token to int8-token by rising bits, not {rounded!r}."
         )
     try:
         chosen = tuple(formats.get(each) for each in names)

@@ -29,6 +29,7 @@ _FIGURES = (
     ("activation_fp4_share", "{:.2%} of the activations' tiles"),
     ("activation_clipped", "{:,} activations beyond the calibrated range"),
     ("activation_infinite", "{:,} of them infinite"),
+    ("kv_bytes_per_token", "{:,} of keys and values in the cache"),
     ("tokens", "{:,} predicted"),
     ("windows", "{:,}"),
     ("seqlen", "{:,}"),
@@ -41,6 +42,7 @@ _SHADES = "█▓▒░"
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Activations = Annotated[str, typer.Option(help="How packed layers compute: int8 (fast) or exact.")]
+Kv = Annotated[str, typer.Option(help="How keys and values are kept: exact, or int4.")]
 Device = Annotated[str, typer.Option(help="Where the model runs.")]
 
 
@@ -84,6 +86,7 @@ def evaluate(
         typer.Option("--json", help="Write the record here.", show_default=False),
     ] = None,
     activations: Activations = "exact",
+    kv: Kv = "exact",
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
@@ -103,6 +106,7 @@ def evaluate(
             by_document=by_document,
             calibration=calibration,
             activations=activations,
+            kv=kv,
             dtype=dtype,
             device=device,
             progress=reporter.counter("evaluate"),
@@ -122,6 +126,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     activations: Activations = "int8",
+    kv: Kv = "exact",
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = None,
@@ -135,6 +140,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         activations=activations,
+        kv=kv,
         dtype=dtype,
         device=device,
     )

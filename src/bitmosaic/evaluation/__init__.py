@@ -2,6 +2,7 @@
 
 from bitmosaic.evaluation.divergence import DivergenceResult, divergence
 from bitmosaic.evaluation.overlap import overlap, warn_of_overlap
+from bitmosaic.evaluation.packed_cache import WithPackedCache
 from bitmosaic.evaluation.perplexity import PerplexityResult, perplexity
 from bitmosaic.evaluation.record import (
     EvaluationText,
@@ -26,6 +27,7 @@ __all__ = [
     "DivergenceResult",
     "EvaluationText",
     "PerplexityResult",
+    "WithPackedCache",
     "activations_cost",
     "divergence",
     "divergence_figures",

@@ -24,6 +24,7 @@ from bitmosaic.evaluation.overlap import (
     sketched_overlap,
     warn_of_overlap,
 )
+from bitmosaic.evaluation.packed_cache import WithPackedCache, check_kv
 from bitmosaic.evaluation.perplexity import Progress, perplexity
 from bitmosaic.evaluation.shares import observed_shares
 from bitmosaic.evaluation.text import (
@@ -72,6 +73,7 @@ def evaluate(
     reference: str | Path | None = None,
     calibration_documents: Sequence[str] = (),
     activations: str = "exact",
+    kv: str = "exact",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     batch: int | None = None,
@@ -94,18 +96,22 @@ def evaluate(
         calibration_documents: What the model was calibrated on; adds the share of the evaluated
             text that it contains, with a warning above one hundredth.
         activations: "exact", or "int8" for what a packed model computes with by default.
+        kv: "exact", or "int4" for keys and values of the model, not of the reference, in 4 bits;
+            adds the bytes that a token takes in the cache.
         dtype: Type in which both models compute.
         device: Where both models run.
         batch: Windows run at once.
         progress: Called with (windows done, windows in all).
     """
     check_activations(activations)
+    check_kv(kv)
     path = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     chosen = open_text(
         tokenizer, text, seqlen=seqlen, split=split, limit=limit, by_document=by_document
     )
-    ours = load_model(path, activations=activations, dtype=dtype, device=device)
+    loaded = load_model(path, activations=activations, dtype=dtype, device=device)
+    ours = loaded if kv == "exact" else WithPackedCache(loaded)
     record: dict[str, Any] = {
         "model": str(model),
         "model_digest": model_digest(path),
@@ -114,6 +120,7 @@ def evaluate(
         "protocol": "documents" if by_document else "windows",
         "dtype": str(dtype).removeprefix("torch."),
         "activations": activations,
+        "kv": kv,
         "versions": versions(),
     }
     used = [tokenizer.decode(window, skip_special_tokens=True) for window in _runs(chosen)]
@@ -130,6 +137,8 @@ def evaluate(
             record |= divergence_figures(moved)
     if shares is not None:
         record |= shares.figures()
+    if isinstance(ours, WithPackedCache):
+        record["kv_bytes_per_token"] = ours.bytes_per_token
     if activations == "int8":
         record |= activations_cost(ours, chosen.windows, batch=batch, progress=progress)
     record["seconds"] = round(time.monotonic() - began, 3)
@@ -137,7 +146,7 @@ def evaluate(
 
 
 def activations_cost(
-    model: PreTrainedModel,
+    model: PreTrainedModel | WithPackedCache,
     windows: Tensor | Sequence[Tensor],
     *,
     batch: int | None = None,
@@ -170,7 +179,7 @@ def activations_cost(
 class _InMode(nn.Module):
     """A model that computes with one kind of activations; two of them may share the model."""
 
-    def __init__(self, model: PreTrainedModel, activations: str) -> None:
+    def __init__(self, model: PreTrainedModel | WithPackedCache, activations: str) -> None:
         super().__init__()
         self.model, self.activations = model, activations
         self.device = model.device

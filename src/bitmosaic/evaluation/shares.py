@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from bitmosaic.activations import Rounded
+from bitmosaic.activations import ActivationRule, Rounded
 from bitmosaic.linear import QuantizedLinear
 from bitmosaic.tensor import QuantizedTensor
 
@@ -65,14 +65,15 @@ class ActivationShares:
 
 @contextmanager
 def observed_shares(model: nn.Module) -> Iterator[ActivationShares | None]:
-    """Count what the activation rules of a model decide while it runs; None where it has none.
+    """Count what the activation rules of a model decide while it runs; None where none decides.
 
     The rules are applied once more for the count, which leaves the run itself as it is.
     """
     rounding = {
         module.name: module
         for module in model.modules()
-        if isinstance(module, QuantizedLinear) and module.packed.activation_formats
+        if isinstance(module, QuantizedLinear)
+        and isinstance(module.packed.activations, ActivationRule)
     }
     if not rounding:
         yield None
@@ -98,7 +99,7 @@ class _Watch:
 
     def hook(self, name: str, tensor: QuantizedTensor) -> Any:
         rule, stored, order = tensor.activations, tensor.activation_rule, tensor.in_permutation
-        assert rule is not None
+        assert isinstance(rule, ActivationRule)
         assert stored is not None
 
         def observe(module: Any, inputs: tuple[Tensor, ...]) -> None:

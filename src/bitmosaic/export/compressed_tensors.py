@@ -303,9 +303,9 @@ def _exported(contents: _Contents, name: str) -> dict[str, Tensor]:
     made = _nvfp4(name, tensor) if contents.format == LOW else _fp8(tensor)
     rule = tensor.activations
     if rule is not None and rule.formats == (LOW,):
-        made["input_global_scale"] = 1 / torch.tensor([rule.tensor_scale])
+        made["input_global_scale"] = 1 / torch.tensor([rule.unit])
     elif rule is not None:
-        made["input_scale"] = LARGEST_POINT * torch.tensor([rule.tensor_scale])
+        made["input_scale"] = LARGEST_POINT * torch.tensor([rule.unit])
     return {f"{name}.{key}": value for key, value in made.items()}
 
 

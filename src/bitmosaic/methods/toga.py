@@ -17,8 +17,8 @@ hypernetwork; here they come from one backward pass, by the second-order estimat
 | M | tile_map | the band of each tile of 128 in_channels, all rows alike |
 | Q_l, Q_h | formats | any set; two in the paper, `pruned` is the band of 0 bits |
 
-Tiles of the whole model compete by gain per byte for one budget.  The learned search, activations
-and pruned widths are not here; deviations, and what was measured: docs/methods/toga.md.
+Tiles of the whole model compete by gain per byte for one budget.  The learned search and
+pruned widths are not here; deviations, and what was measured: docs/methods/toga.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ import torch
 from torch import Tensor
 
 from bitmosaic import formats, rounding
-from bitmosaic.allocation import LayerAllocation, TileCosts, solve
+from bitmosaic.allocation import (
+    LayerAllocation,
+    TileCosts,
+    band_formats,
+    band_rule,
+    solve,
+    widest_rule,
+)
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
@@ -50,10 +57,16 @@ PRESETS = {
     "w1.6": ("int1-g128-sym", "int4-g128"),
     "w3.2": ("int3-g128", "int8-g128"),
     "mixed": ("int2-g128", "int3-g128", "int4-g128"),
+    "w3.2a3.2": ("int3-g128", "int8-g128"),
+    "w4a4": ("int4-g128", "int8-g128"),
 }
-"""Sets of formats by name: the paper's two for weights, and the house's usual one."""
+"""Sets of formats by name: the paper's two for weights, the house's usual one, and the paper's two
+for weights and activations, whose names set the mode as well."""
+
+ROUNDING_PRESETS = ("w3.2a3.2", "w4a4")
 
 REORDERS = ("gain", "none")
+MODES = ("weight-only", "weight+activation")
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,9 @@ class Toga(RoundedMethod):
             weights as they are when its turn comes: a grid of two values must follow them.
         low_first: visit the band of the fewest bits before the others, so that its errors flow into
             them; else all are one band.
+        mode: ``weight+activation`` rounds the input of every matrix in as many bits as its weights
+            have, band by band, when the model runs; all matrices that read one input then share
+            their bands, and Hessians are of the rounded input.
     """
 
     name: ClassVar[str] = "toga"
@@ -84,10 +100,13 @@ class Toga(RoundedMethod):
     reorder: str = "gain"
     shared: bool = False
     low_first: bool = True
+    mode: str = "weight-only"
 
     def __post_init__(self) -> None:
         """Check the parameters before any work."""
         super().__post_init__()
+        if self.formats[:1] in [(name,) for name in ROUNDING_PRESETS]:
+            object.__setattr__(self, "mode", "weight+activation")
         if len(self.formats) == 1 and self.formats[0] in PRESETS:
             object.__setattr__(self, "formats", PRESETS[self.formats[0]])
         check_formats(self.formats, "fisher_error")
@@ -99,12 +118,21 @@ class Toga(RoundedMethod):
             "Add int1-g128-sym.",
         )
         require_one_of("reorder", self.reorder, REORDERS)
+        require_one_of("mode", self.mode, MODES)
+        if self.rounds_inputs:
+            band_formats(self.formats)  # refuses what activations cannot have
+            object.__setattr__(self, "shared", True)
         require(self.tile_in >= 1, "tile_in", "at least 1", self.tile_in, "Use 128.")
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Fisher information of every weight, and magnitudes of the inputs for the order."""
         return ("fisher", "activation") if self.stores_orders else ("fisher",)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded at run time."""
+        return self.mode == "weight+activation"
 
     @property
     def stores_orders(self) -> bool:
@@ -126,7 +154,7 @@ class Toga(RoundedMethod):
         """Make a matrix's table without costs, for questions about bytes before any work."""
         table = super().blank(name, shape, orders)
         table.cost[self._pruned, :, -1] = torch.inf
-        return table
+        return self._with_rule(table)
 
     def score(self, block: BlockView) -> BlockScores:
         """Order the in_channels of every input, then price the tiles of its readers."""
@@ -149,14 +177,20 @@ class Toga(RoundedMethod):
         """Choose the bands of all inputs of the model by one multiplier."""
         tables = [table for part in scores for table in part.tables]
         linked = [names for part in scores for names in part.linked] if self.shared else []
-        return solve(tables, budget, linked)
+        layers = solve(tables, budget, linked)
+        if self.rounds_inputs:
+            layers = {
+                name: replace(layer, activations=band_rule(layer)) for name, layer in layers.items()
+            }
+        return layers
 
     def quantize(
         self, name: str, weight: Tensor, layer: LayerAllocation, statistics: LayerStatistics
     ) -> QuantizedTensor:
         """Round by the chosen base; where columns are compensated, one band after the other."""
         if self.base != "gptq":
-            return super().quantize(name, weight, layer, statistics)
+            packed = super().quantize(name, weight, layer, statistics)
+            return packed.with_activations(layer.activations)
         hessian = statistics.hessian
         assert hessian is not None
         order = layer.in_permutation
@@ -169,7 +203,14 @@ class Toga(RoundedMethod):
         factor = rounding.factorise(stored, self.damping, act_order=ahead, bands=bands, name=name)
         return rounding.compensated(
             weight, layer, hessian, static_groups=ahead, factor=factor, name=name
-        )
+        ).with_activations(layer.activations)
+
+    def _with_rule(self, table: TileCosts) -> TileCosts:
+        """Count the bytes of the largest rule that a matrix's activations may get."""
+        if not self.rounds_inputs:
+            return table
+        rule = widest_rule(self.formats, table.shape[1], table.tile[1])
+        return replace(table, activations=rule)
 
     @property
     def _pruned(self) -> list[int]:
@@ -233,7 +274,7 @@ class Toga(RoundedMethod):
             table.cost[self._pruned, :, -1] = torch.inf
             if not bool(block.fisher[table.name].any()):
                 table.cost[self._pruned] = torch.inf
-        return tables
+        return [self._with_rule(table) for table in tables]
 
 
 def _bits(layer: LayerAllocation) -> Tensor:

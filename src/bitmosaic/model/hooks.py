@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bitmosaic.model.experts import linears
 
 Observer = Callable[[int, Tensor], None]
+Change = Callable[[Tensor], Tensor]
 OnGradient = Callable[[str, int, Tensor], None]
 
 
@@ -36,16 +38,28 @@ def input_gradients_handed(
     return _inputs_shown(block, observe, see)
 
 
+def inputs_changed(block: nn.Module, changes: Mapping[str, Change]) -> AbstractContextManager[None]:
+    """Give the named linears what their functions make of their inputs.
+
+    Observers that come later see that: hooks run in the order in which they came.
+    """
+    return _inputs_shown(block, changes, lambda change, x: change(x))
+
+
 @contextmanager
 def _inputs_shown(
-    block: nn.Module, observe: Mapping[str, Observer], see: Callable[[Observer, Tensor], None]
+    block: nn.Module, observe: Mapping[str, Any], see: Callable[[Any, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call `see` with the observer and the input of each named linear that runs."""
+    """Call `see` with what stands for each named linear that runs, and its input.
+
+    A tensor that comes back takes the input's place.
+    """
     handles = []
     for name, observer in observe.items():
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Observer = observer) -> None:
-            see(observer, inputs[0])
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], observer: Any = observer) -> Any:
+            found = see(observer, inputs[0])
+            return None if found is None else (found, *inputs[1:])
 
         handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
     try:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bitmosaic import checkpoint, formats, rounding
-from bitmosaic.activations import rule_bytes
 from bitmosaic.allocation import (
     Allocation,
     Budget,
@@ -181,8 +180,8 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
             dtype = index_dtype(layer.shape[length])
             found.append(Entry(f"{name}.{side}", dtype, (layer.shape[length],)))
     if layer.activations is not None:
-        size = rule_bytes(layer.activation_formats, layer.shape[1])
-        found.append(Entry(f"{name}.activation_rule", torch.uint8, (size,)))
+        shape = (layer.activations.nbytes,)
+        found.append(Entry(f"{name}.activation_rule", torch.uint8, shape))
     if layer.outliers and layer.outlier_format == RESIDUAL:
         found.append(Entry(f"{name}.outlier_stream", torch.uint8, (stream_bytes(layer.outliers),)))
     elif layer.outliers:

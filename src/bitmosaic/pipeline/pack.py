@@ -6,6 +6,7 @@ is measured on what the already quantized blocks before it give.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bitmosaic import checkpoint
+from bitmosaic.activations import Rule
 from bitmosaic.allocation import Allocation, LayerAllocation
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import LayerStatistics
 from bitmosaic.model.experts import linears
+from bitmosaic.model.hooks import Change, inputs_changed
 from bitmosaic.model.residual import permute_residual_rest
 from bitmosaic.model.structure import (
     Structure,
@@ -115,7 +118,8 @@ class Packer:
         measured: dict[str, LayerStatistics] = {}
         if sweep is not None:
             assert found is not None
-            measured = _measure(self.method, sweep, index, block, found)
+            with inputs_changed(block, _rounding(layers)):
+                measured = _measure(self.method, sweep, index, block, found)
             _scale(self.method, block, found, layers, measured)
         known = self._known(index)
         arrays: dict[str, Tensor] = {}
@@ -139,7 +143,8 @@ class Packer:
                 arrays[f"{prefix}.{name}"] = stored
         checkpoint.write_tensors(path, arrays)
         if sweep is not None and index + 1 < len(self.source.block_names):
-            sweep.forward(index, block, keep_inputs=False)
+            with inputs_changed(block, _rounding(layers)):
+                sweep.forward(index, block, keep_inputs=False)
 
     def _known(self, index: int) -> dict[str, dict[str, Any]]:
         """Read the statistics of the original model that rounding weighs errors by."""
@@ -178,6 +183,7 @@ class Packer:
         """Run a block that an earlier, interrupted run has packed."""
         block = self.source.load_block(index)
         prefix = self.source.block_names[index]
+        layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
         tensors, _ = checkpoint.read_tensors(path)
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
@@ -186,7 +192,7 @@ class Packer:
                 for key, tensor in tensors.items()
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
-            layer = self.allocation.layers[full]
+            layer = layers[name]
             described = checkpoint.description(
                 layer.shape,
                 layer.tile,
@@ -201,7 +207,29 @@ class Packer:
         for name, tensor in block.state_dict().items():
             if f"{prefix}.{name}" in tensors:
                 tensor.copy_(tensors[f"{prefix}.{name}"])
-        sweep.forward(index, block, keep_inputs=False)
+        with inputs_changed(block, _rounding(layers)):
+            sweep.forward(index, block, keep_inputs=False)
+
+
+def _rounding(layers: Mapping[str, LayerAllocation]) -> dict[str, Change]:
+    """What inputs become on the way to matrices that have a rule for them."""
+
+    def of(layer: LayerAllocation, rule: Rule) -> Change:
+        def rounded(x: Tensor) -> Tensor:
+            flat, order = x.reshape(-1, x.shape[-1]), layer.in_permutation
+            if order is None:
+                return (rule.values(flat) * rule.unit).view(x.shape)
+            values = torch.empty_like(flat)
+            values[:, order] = rule.values(flat[:, order]) * rule.unit
+            return values.view(x.shape)
+
+        return rounded
+
+    return {
+        name: of(layer, layer.activations)
+        for name, layer in layers.items()
+        if layer.activations is not None
+    }
 
 
 def _measure(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from bitmosaic import checkpoint
+from bitmosaic.activations import Rule
 from bitmosaic.allocation import TileCosts
 from bitmosaic.allocation.thresholds import InputScores
+from bitmosaic.bands import BandRule
 from bitmosaic.methods.base import BlockScores
 from bitmosaic.pipeline.calibrate import INPUT_SCORES
 
@@ -24,7 +27,7 @@ def save_scores(path: Path, part: BlockScores) -> None:
         if first.setdefault(id(found), name) == name:
             kept = found.tensors().items()
             tensors |= {f"{name}.{INPUT_SCORES}.{key}": tensor for key, tensor in kept}
-    described = []
+    described: list[dict[str, Any]] = []
     for table in part.tables:
         described.append(
             {
@@ -36,8 +39,12 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 "outlier_format": table.outlier_format,
                 "spare_outliers": table.spare_outliers,
                 "input": first.get(id(part.inputs.get(table.name))),
+                "bands": [],
             }
         )
+        if isinstance(table.activations, BandRule):
+            described[-1]["bands"] = table.activations.formats
+            tensors[f"{table.name}.activation_rule"] = table.activations.stored()
         tensors[f"{table.name}.cost"] = table.cost
         for side in _SIDES:
             if (values := getattr(table, side)) is not None:
@@ -64,6 +71,10 @@ def load_scores(path: Path) -> BlockScores | None:
                 kept = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
                 shared[first] = InputScores.from_tensors(kept)
             inputs[name] = shared[first]
+        rule: Rule | None = inputs[name].rule if name in inputs else None
+        if described["bands"]:
+            stored = tensors[f"{name}.activation_rule"]
+            rule = BandRule.read(tuple(described["bands"]), stored, described["shape"][1])
         tables.append(
             TileCosts(
                 name,
@@ -74,7 +85,7 @@ def load_scores(path: Path) -> BlockScores | None:
                 outliers=described["outliers"],
                 outlier_format=described["outlier_format"],
                 spare_outliers=described["spare_outliers"],
-                activations=inputs[name].rule if name in inputs else None,
+                activations=rule,
                 **{side: tensors.get(f"{name}.{side}") for side in _SIDES},
             )
         )
