@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bitmosaic
@@ -26,7 +25,7 @@ from bitmosaic.pipeline.pack import Packer
 from packed import reference_only  # noqa: F401  (a fixture)
 from runs import KEPT, Case, case, content, load, logits
 
-# With biases (opt, gpt2, phi) and without, gated and not, one block's MLP in the block itself (opt).
+# With biases and without, gated and not; the matrices of opt's MLP are the block's own.
 NARROWABLE = ("llama", "gemma3_text", "qwen3", "opt", "gpt2", "gpt_neox", "phi")
 PROMPT = tokens(2, 16, seed=7)
 
@@ -54,15 +53,15 @@ def drop(model: Case, name: str, widths: list[int]) -> Allocation:
         for producer in tie.producers:
             shapes[prefix + producer] = (width, shapes[prefix + producer][1])
         shapes[consumer] = (shapes[consumer][0], width)
-    return narrowed(model.source, {key: uniform(shape, name) for key, shape in shapes.items()}, orders)
+    plans = {key: uniform(shape, name) for key, shape in shapes.items()}
+    return narrowed(model.source, plans, orders)
 
 
 def packed(model: Case, plan: Allocation, method: Method | None = None, name: str = "out") -> Path:
     chosen = method or methods.get("rtn")()
-    text = model.tokens if chosen.block_statistics else None
     output = model.directory / name
     pipeline.quantize(
-        model.source, chosen, None, output, tokens=text, allocation=plan, options=KEPT
+        model.source, chosen, None, output, tokens=model.tokens, allocation=plan, options=KEPT
     )
     return output
 
@@ -220,8 +219,8 @@ def test_channels_that_cannot_be_dropped(tmp_path: Path) -> None:
         narrowed(model.source, cut(f"{start}v_proj", (8, 32)), {})
     with pytest.raises(ValueError, match="no tie says which"):
         narrowed(model.source, cut("model.layers.0.mlp.down_proj", (32, 20)), {})
-    with pytest.raises(ValueError, match="method cmpq must have whole matrices"):
-        packed(model, drop(model, "int4-g16", [9, 9]), methods.get("cmpq")())
+    with pytest.raises(ValueError, match="method fgmp must have whole matrices"):
+        packed(model, drop(model, "int4-g16", [9, 9]), methods.get("fgmp")())
 
 
 def test_no_public_form(tmp_path: Path) -> None:

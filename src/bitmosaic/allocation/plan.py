@@ -198,7 +198,7 @@ class Allocation:
             }
             check_narrow(layers, ties)
             return cls(layers, dict(json.loads(metadata["recipe"])), ties, order("residual"))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} must be a whole allocation file, but it is damaged ({error}). "
                 "Make it again with `bitmosaic allocate`."

@@ -147,13 +147,13 @@ def allocate(
             **chosen,
         )
     console = results()
-    bits = {
+    told = {
         "bits_per_weight": allocation.bits_per_weight,
         "bits_per_kept_weight": allocation.bits_per_kept_weight,
     }
     console.print(
         f"{output}: {len(allocation.layers)} matrices, {allocation.nbytes:,} bytes, "
-        f"{bits['bits_per_weight']:.4f} bits_per_weight{kept_bits(bits)}"
+        f"{told['bits_per_weight']:.4f} bits_per_weight{kept_bits(told)}"
     )
     if found := allocation.recipe.get("energy"):
         console.print(

@@ -190,7 +190,14 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, Any]) -> None:
                 f"shape of {name} must be {list(shape)} as the model has it, not "
                 f"{list(found)}. config.json belongs to another checkpoint."
             )
-    check_widths(model, {name: tuple(each["shape"]) for name, each in tensors.items()})
+    check_widths(
+        model,
+        {
+            name: (each["shape"][0], each["shape"][1])
+            for name, each in tensors.items()
+            if "original_shape" in each
+        },
+    )
 
 
 def _replace(model: nn.Module, name: str, described: Any, entries: dict[str, Entry]) -> None:

@@ -303,7 +303,8 @@ def _proves_tie(lab: Laboratory, tie: Tie) -> bool:
 def _proves_selection(lab: Laboratory, tie: Tie) -> bool:
     """Whether dropping some channels is the same as giving them no weight in the consumer.
 
-    A reader must know it too, from shapes alone (`widths.obstacle`). An order may be free although the channels are mixed on the way, as by a norm without weights.
+    An order may be free although the channels are mixed on the way, as by a norm without weights.
+    A reader must know from shapes alone that what is left fits (`widths.obstacle`).
     """
     if not tie.is_free or obstacle(lab.block, tie.consumer, tuple(tie.producers)):
         return False

@@ -1,4 +1,4 @@
-"""Narrower matrices: dropping channels that some matrices hand to another, and where that is allowed.
+"""Narrower matrices: dropping channels that some matrices hand to another, and where it is allowed.
 
 Whoever quantizes proves on a traced block that channels can be dropped (`structure.Tie.narrows`).
 Whoever loads a checkpoint has shapes alone, and must know from them that no forward will stumble:
@@ -52,24 +52,21 @@ def narrow(linear: nn.Linear, side: int, kept: Tensor) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
-def check_widths(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
+def check_widths(model: nn.Module, narrow_shapes: Mapping[str, Shape]) -> None:
     """Refuse matrices [out, in] narrower than the model's where that cannot be known to run.
 
-    `model` is normalised and has its original shapes; it may lie on meta.  Raises ValueError that
-    names the first matrix at fault.
+    `narrow_shapes` are those of all matrices that are not of the model's shape.  The model is
+    normalised and has its original shapes; it may lie on meta.  Raises ValueError that names the
+    first matrix at fault.
     """
-    narrow_ones = {
-        name: shape
-        for name, shape in shapes.items()
-        if not isinstance(model.get_submodule(name), nn.Linear)
-        or shape != _shape(matrix(model, name))
-    }
-    for parent in dict.fromkeys(name.rpartition(".")[0] for name in narrow_ones):
-        found = {name: each for name, each in shapes.items() if name.rpartition(".")[0] == parent}
-        chosen = [name for name in narrow_ones if name in found]
-        if fault := _fault(model, found, chosen):
+    by_parent: dict[str, dict[str, Shape]] = {}
+    for name, shape in narrow_shapes.items():
+        by_parent.setdefault(name.rpartition(".")[0], {})[name] = shape
+    for found in by_parent.values():
+        if fault := _fault(model, found):
+            name = next(iter(found))
             raise ValueError(
-                f"{chosen[0]} must have the model's shape, not {list(shapes[chosen[0]])}: {fault}. "
+                f"{name} must have the model's shape, not {list(found[name])}: {fault}. "
                 "Make the checkpoint again."
             )
 
@@ -101,16 +98,16 @@ def obstacle(model: nn.Module, consumer: str, producers: tuple[str, ...]) -> str
     return None
 
 
-def _fault(model: nn.Module, found: Mapping[str, Shape], chosen: list[str]) -> str | None:
-    """Tell why the matrices of one module may not have the shapes `found`; None if they may."""
-    others = [name for name in chosen if not isinstance(model.get_submodule(name), nn.Linear)]
-    if others:
-        return f"{others[0]} is no matrix between two others"
-    sides = {name: _cut_side(_shape(matrix(model, name)), found[name]) for name in chosen}
-    consumers = [name for name in chosen if sides[name] == 1]
-    producers = tuple(name for name in chosen if sides[name] == 0)
-    if len(consumers) != 1 or len(producers) + 1 != len(chosen):
-        return "in a narrow module one matrix has fewer in_channels, and all others fewer rows"
+def _fault(model: nn.Module, found: Mapping[str, Shape]) -> str | None:
+    """Tell why the narrow matrices of one module may not have the shapes `found`; None if so."""
+    for name in found:
+        if not isinstance(model.get_submodule(name), nn.Linear):
+            return f"{name} is no matrix between two others"
+    sides = {name: _cut_side(_shape(matrix(model, name)), shape) for name, shape in found.items()}
+    consumers = [name for name, side in sides.items() if side == 1]
+    producers = tuple(name for name, side in sides.items() if side == 0)
+    if len(consumers) != 1 or len(producers) + 1 != len(found):
+        return "one matrix must have fewer in_channels, and those that feed it fewer rows"
     kept = found[consumers[0]][1]
     for name in producers:
         if found[name][0] != kept:

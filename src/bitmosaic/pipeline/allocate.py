@@ -79,9 +79,7 @@ def narrowed(
     Of a tie whose consumer is narrow the last channels of the order are kept, as many as it has.
     """
     shapes = source.linear_shapes()
-    layers = {
-        name: replace(layer, original_shape=shapes[name]) for name, layer in layers.items()
-    }
+    layers = {name: replace(layer, original_shape=shapes[name]) for name, layer in layers.items()}
     kept = {
         name: order[-layers[name].shape[1] :] if layers[name].is_narrow else order
         for name, order in ties.items()
