@@ -192,11 +192,15 @@ class Allocation:
                 for name, described in json.loads(metadata["layers"]).items()
             }
             ties = {
-                key.removesuffix(".tie"): _tie_order(key, value, layers)
+                key.removesuffix(".tie"): value
                 for key, value in tensors.items()
                 if key.endswith(".tie")
             }
             check_narrow(layers, ties)
+            for name, value in ties.items():
+                layer = layers.get(name)
+                selects = layer is not None and layer.shape[1] < layer.original_shape[1]
+                ties[name] = value.long() if selects else _bijection(f"{name}.tie", value)
             return cls(layers, dict(json.loads(metadata["recipe"])), ties, order("residual"))
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
@@ -228,15 +232,6 @@ def _check_selection(key: str, kept: Tensor, layer: LayerAllocation) -> None:
     within = whole and 0 <= int(kept.min()) and int(kept.max()) < size
     if not within or kept.unique().numel() != count:
         raise ValueError(f"{key} must hold {count} distinct channels below {size}, but does not")
-
-
-def _tie_order(key: str, order: Tensor, layers: Mapping[str, LayerAllocation]) -> Tensor:
-    """Read a tie's order: a permutation, or the selection of a narrow consumer."""
-    layer = layers.get(key.removesuffix(".tie"))
-    if layer is None or layer.shape[1] == layer.original_shape[1]:
-        return _bijection(key, order)
-    _check_selection(key, order, layer)
-    return order.long()
 
 
 def _original_shape(described: Mapping[str, Any]) -> tuple[int, int]:
