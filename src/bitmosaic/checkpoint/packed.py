@@ -51,8 +51,13 @@ infinities and NaN only.  Checked so by numpy, on one thread, a 1 B model takes 
 isfinite waits for OpenMP threads 450 times and took 5 s while another process held a core."""
 
 
-def describe(tensor: QuantizedTensor) -> dict[str, Any]:
-    """What config.json says of a packed tensor; the rest follows from the arrays."""
+def describe(
+    tensor: QuantizedTensor, original_shape: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What config.json says of a packed tensor; the rest follows from the arrays.
+
+    `original_shape` is that of the matrix in the model, where some of its channels are dropped.
+    """
     return description(
         tensor.shape,
         tensor.tile,
@@ -61,6 +66,7 @@ def describe(tensor: QuantizedTensor) -> dict[str, Any]:
         out_permutation=tensor.out_permutation is not None,
         outlier_format=tensor.outlier_format if _has_outliers(tensor) else None,
         activation_formats=tensor.activation_formats,
+        original_shape=original_shape,
     )
 
 
