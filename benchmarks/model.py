@@ -76,7 +76,7 @@ def _judge(turns: dict[str, list[dict[str, float]]], threads: int) -> Rows:
 
 
 def in_child(what: str, directory: Path, threads: int) -> dict[str, float]:
-    """Run one of the functions below in a fresh process."""
+    """Run one of the two functions below in a fresh process."""
     command = [sys.executable, __file__, "--child", what, str(directory), str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -100,36 +100,23 @@ def load(directory: Path) -> dict[str, float]:
 
 
 def run(directory: Path) -> dict[str, float]:
-    """As `speed`, and what transformers' own loop reaches."""
-    import torch
-
-    model = _load(directory)
-    best = _speed(model, directory) | {"model.generate": 0.0}
-    for _ in range(2):
-        start = time.perf_counter()
-        model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=TOKENS, do_sample=False)
-        seconds = time.perf_counter() - start
-        best["model.generate"] = max(best["model.generate"], TOKENS / seconds)
-    return best
-
-
-def speed(directory: Path) -> dict[str, float]:
     """Tokens a second, the best of some passes: of a prompt, and of what follows a short one."""
-    return _speed(_load(directory), directory)
-
-
-def _speed(model: Any, directory: Path) -> dict[str, float]:
+    import torch
     from transformers import AutoTokenizer
 
     from bitmosaic.evaluation.generation import generate
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    best = {"decode": 0.0, "prefill": 0.0}
+    model, tokenizer = _load(directory), AutoTokenizer.from_pretrained(directory)
+    best = {"decode": 0.0, "prefill": 0.0, "model.generate": 0.0}
     for _ in range(2):
         text = generate(model, tokenizer, "word", tokens=1 + TOKENS)
         best["decode"] = max(best["decode"], text.tokens_per_second)
         text = generate(model, tokenizer, "word " * PROMPT, tokens=1)
         best["prefill"] = max(best["prefill"], text.prompt_tokens / text.prompt_seconds)
+        start = time.perf_counter()
+        model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=TOKENS, do_sample=False)
+        seconds = time.perf_counter() - start
+        best["model.generate"] = max(best["model.generate"], TOKENS / seconds)
     return best
 
 
@@ -169,7 +156,7 @@ def main(arguments: Sequence[str]) -> int:
         import torch
 
         torch.set_num_threads(int(threads))
-        print(json.dumps({"load": load, "run": run, "speed": speed}[what](Path(directory))))
+        print(json.dumps({"load": load, "run": run}[what](Path(directory))))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="without llama.cpp, one turn")

@@ -10,7 +10,8 @@ are those that the measured work multiplies by: one matrix; in decoding all of t
 too; in prefill those of the blocks, since the head sees the last token only.
 
 First single matrices, with cold weights (kernel.py says how); then a model of Llama-3.2-1B's
-geometry with random weights (model.py says how), all variants in turn, the best turn of each.
+geometry with random weights (model.py says how).  All variants are in memory together and take
+many short turns, of which the best counts: what else the machine does disturbs them alike.
 `--quick` leaves the models out.
 """
 
@@ -23,8 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 import model
-from contenders import Ours, measure, p10, plan
+from bitmosaic.evaluation.generation import generate
+from bitmosaic.integrations.loading import load
+from contenders import Ours, Plan, measure, p10, plan
 from figures import at_least, finish
 from matrices import Mix, random_tensor
 from model_files import (
@@ -39,7 +45,7 @@ from model_files import (
 FORMAT = "int4-g128"
 TILE = (128, 128)
 ASKED = 0.8
-TURNS = 4
+PROMPT, TOKENS, TURNS = 240, 16, 12
 UP, DOWN = (INNER, WIDTH), (WIDTH, INNER)
 
 Rows = list[dict[str, Any]]
@@ -83,7 +89,7 @@ def matrices(threads: int, quick: bool) -> Rows:
     rows: Rows = []
     for shape in (UP, DOWN):
         for batch in (1, 512):
-            how = plan(batch, quick)
+            how = plan(1, quick) if batch == 1 else Plan(4 if quick else 16, 0, 1)
             contenders = [
                 Ours(
                     each.name,
@@ -116,11 +122,7 @@ def models(directory: Path, threads: int) -> Rows:
             f"s with {facts[each.name]['peak_bytes'] / 1e6:.0f} MB",
             flush=True,
         )
-    best: dict[str, dict[str, float]] = {each.name: {} for each in VARIANTS}
-    for _ in range(TURNS):
-        for number, each in enumerate(VARIANTS):
-            told = model.in_child("speed", _place(directory, number), threads)
-            best[each.name] = {key: max(told[key], best[each.name].get(key, 0)) for key in told}
+    best = speeds(directory, threads)
     whole = {"decode": block_weights() + VOCABULARY * WIDTH, "prefill": block_weights()}
     rows: Rows = []
     for what, weights in whole.items():
@@ -130,11 +132,30 @@ def models(directory: Path, threads: int) -> Rows:
         }
         rows += _judge(
             f"{what}, {BLOCKS} blocks, {threads} threads",
-            {name: 1 / speeds[what] for name, speeds in best.items()},
+            {name: 1 / each[what] for name, each in best.items()},
             removed,
             {name: facts[name] | {"tokens_per_second": best[name][what]} for name in best},
         )
     return rows
+
+
+def speeds(directory: Path, threads: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of each variant, the best of its turns: of a prompt, and of what follows."""
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(_place(directory, 0))
+    loaded = {
+        each.name: load(_place(directory, number), dtype=torch.float32, activations="int8")
+        for number, each in enumerate(VARIANTS)
+    }
+    best = {name: {"decode": 0.0, "prefill": 0.0} for name in loaded}
+    for _ in range(TURNS):
+        for name, each in loaded.items():
+            found = generate(each, tokenizer, "word", tokens=1 + TOKENS)
+            best[name]["decode"] = max(best[name]["decode"], found.tokens_per_second)
+            found = generate(each, tokenizer, "word " * PROMPT, tokens=1)
+            speed = found.prompt_tokens / found.prompt_seconds
+            best[name]["prefill"] = max(best[name]["prefill"], speed)
+    return best
 
 
 def _judge(
