@@ -22,6 +22,7 @@ from bitmosaic.model.structure import Tie
 from bitmosaic.pipeline.allocate import narrowed
 from bitmosaic.pipeline.common import structures
 from bitmosaic.pipeline.pack import Packer
+from commands import run, succeeded
 from packed import reference_only  # noqa: F401  (a fixture)
 from runs import KEPT, Case, case, content, load, logits
 
@@ -196,6 +197,19 @@ def test_what_is_told_of_a_narrow_model(tmp_path: Path) -> None:
     assert found["recipe"]["bits_per_kept_weight"] == plan.bits_per_kept_weight
     down = next(each for each in found["matrices"] if each["name"].endswith("0.mlp.down_proj"))
     assert (down["shape"], down["original_shape"]) == ([32, 9], [32, 44])
+    shown = succeeded(run("inspect", model.directory / "out")).stdout
+    assert "32x9 of 32x44" in shown
+    told = f"{plan.bits_per_weight:.4f} bits_per_weight"
+    beside = f"{plan.bits_per_kept_weight:.4f} bits_per_kept_weight"
+    assert told in shown
+    assert beside in shown
+    cut = ("--allocation", path, "--embedding", "keep", "--head", "keep", "--method", "rtn")
+    again = succeeded(
+        run("quantize", model.source.path, "--output", tmp_path / "again", *cut)
+    ).stdout
+    assert f"{told}, {beside}" in " ".join(again.split())
+    files = [model.directory / "out", tmp_path / "again"]
+    assert len({(each / "model.safetensors").read_bytes() for each in files}) == 1
 
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral"])

@@ -186,14 +186,14 @@ class Packer:
         tensors, _ = checkpoint.read_tensors(path)
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
-            for side, kept in enumerate(self.allocation.layers[full].shape):
+            layer = self.allocation.layers[full]
+            for side, kept in enumerate(layer.shape if layer.is_narrow else ()):
                 narrow(linear, side, torch.arange(kept))  # room for what the file has
             arrays = {
                 key.removeprefix(f"{full}."): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
-            layer = self.allocation.layers[full]
             described = checkpoint.description(
                 layer.shape,
                 layer.tile,
