@@ -8,7 +8,7 @@ LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize emulate emulated check format hardware bench-quality bench-fgmp bench-toga plot plot-energy energy-sweep
-.PHONY: bench-scale bench-scale-search bench-cpu size clean
+.PHONY: bench-scale bench-scale-search bench-cpu bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -120,6 +120,10 @@ else
 	$(BIN)/python benchmarks/kernel.py --json benchmarks/results/kernel.json $(ARGS); kernel=$$?; \
 	$(BIN)/python benchmarks/model.py --json benchmarks/results/model.json && exit $$kernel
 endif
+
+# Some eight minutes; ARGS="--quick": under a minute, single matrices only.
+bench-pruned: $(STAMP)
+	$(BIN)/python benchmarks/pruned.py --json benchmarks/results/pruned.json $(ARGS)
 
 # The RTL of src/bitmosaic/hardware: vectors, gates, area, energy; some minutes.  Needs Debian packages, names those
 # that are missing, and installs nothing.

@@ -43,7 +43,7 @@ def measure(directory: Path, threads: int, quick: bool) -> Rows:
 
     facts = model_files.write_packed(directory)
     print(f"  {facts['packed_bytes'] / 1e6:.0f} MB, blocks {facts['bits_per_weight']:.3f} bits")
-    loads = [_in_child("load", directory, threads) for _ in range(1 if quick else 3)]
+    loads = [in_child("load", directory, threads) for _ in range(1 if quick else 3)]
     seconds = min(load["load_seconds"] for load in loads)
     peak, limit = loads[0]["peak_bytes"], MEMORY_SHARE * facts["packed_bytes"] + MEMORY_BASE
     details = {**loads[0], **facts}
@@ -53,7 +53,7 @@ def measure(directory: Path, threads: int, quick: bool) -> Rows:
     ]
     turns: dict[str, list[dict[str, float]]] = {"bitmosaic": []}
     for turn in range(1 if quick else TURNS):
-        turns["bitmosaic"].append(_in_child("run", directory, threads))
+        turns["bitmosaic"].append(in_child("run", directory, threads))
         if not quick:
             for kind in (NEAREST, *BESIDE) if turn == 0 else (NEAREST,):
                 turns.setdefault(kind, []).append(_llama_bench(kind, threads))
@@ -75,7 +75,7 @@ def _judge(turns: dict[str, list[dict[str, float]]], threads: int) -> Rows:
     return rows
 
 
-def _in_child(what: str, directory: Path, threads: int) -> dict[str, float]:
+def in_child(what: str, directory: Path, threads: int) -> dict[str, float]:
     """Run one of the two functions below in a fresh process."""
     command = [sys.executable, __file__, "--child", what, str(directory), str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

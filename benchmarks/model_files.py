@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import peers
 from bitmosaic import checkpoint
 from bitmosaic.tensor import QuantizedTensor
-from matrices import Mix, random_tensor
+from matrices import TILE, Mix, random_tensor
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 16, 2048, 8192, 128256
 HEADS, KEY_HEADS, HEAD_WIDTH = 32, 8, 64
@@ -47,15 +47,24 @@ _GGUF_NAMES = {
 }
 
 
-def write_packed(directory: Path) -> dict[str, Any]:
-    """Write the packed checkpoint with a tokenizer; tell its bytes and bits."""
+def write_packed(
+    directory: Path,
+    mix: Mix = MIX,
+    *,
+    tile: tuple[int, int] = TILE,
+    inner: int = INNER,
+) -> dict[str, Any]:
+    """Write the packed checkpoint with a tokenizer; tell its bytes and bits.
+
+    `inner` below INNER drops channels of every MLP; bits are per weight of the whole model.
+    """
+    shapes = narrow_linears(inner)
     tensors = {
-        f"model.layers.{block}.{name}": random_tensor(shape, MIX, seed=block)
+        f"model.layers.{block}.{name}": random_tensor(shape, mix, tile=tile, seed=block)
         for block in range(BLOCKS)
-        for name, shape in LINEARS.items()
+        for name, shape in shapes.items()
     }
-    weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values())
-    bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / weights
+    bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / block_weights()
     table = (VOCABULARY, WIDTH)
     tensors["model.embed_tokens"] = random_tensor(table, {EMBEDDING: 1}, tile=table)
     norms = [f"model.layers.{block}.{name}" for block in range(BLOCKS) for name in NORMS]
@@ -71,6 +80,19 @@ def write_packed(directory: Path) -> dict[str, Any]:
         "bits_per_weight": bits,
         "packed_bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
+
+
+def narrow_linears(inner: int) -> dict[str, tuple[int, int]]:
+    """Give the shapes of a block's matrices with an MLP of this width."""
+    return {
+        name: (inner if out == INNER else out, inner if width == INNER else width)
+        for name, (out, width) in LINEARS.items()
+    }
+
+
+def block_weights(inner: int = INNER) -> int:
+    """Count the weights of all blocks, with MLPs of this width."""
+    return BLOCKS * sum(out * width for out, width in narrow_linears(inner).values())
 
 
 def _write_config(directory: Path, tensors: dict[str, QuantizedTensor]) -> None:
@@ -94,7 +116,10 @@ def _write_config(directory: Path, tensors: dict[str, QuantizedTensor]) -> None:
     config.quantization_config = {
         "quant_method": checkpoint.QUANT_METHOD,
         "format_version": checkpoint.FORMAT_VERSION,
-        "tensors": {name: checkpoint.describe(tensor) for name, tensor in tensors.items()},
+        "tensors": {
+            name: checkpoint.describe(tensor, LINEARS.get(".".join(name.split(".")[3:])))
+            for name, tensor in tensors.items()
+        },
     }
     (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
 

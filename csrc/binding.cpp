@@ -203,7 +203,6 @@ Decoder decoder_of(const nb::dict& given) {
     d.heads = nb::cast<int>(given["heads"]);
     d.key_heads = nb::cast<int>(given["key_heads"]);
     d.head_width = nb::cast<int>(given["head_width"]);
-    d.inner = nb::cast<int>(given["inner"]);
     d.scale = nb::cast<float>(given["scale"]);
     d.tanh = nb::cast<bool>(given["tanh"]);
     for (nb::handle each : nb::cast<nb::list>(given["blocks"])) {

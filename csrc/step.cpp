@@ -70,7 +70,7 @@ void expect(const char* what, const Projection& given, int64_t out, int64_t in) 
 }  // namespace
 
 void Decoder::check() const {
-    if (width < 1 || inner < 1 || key_heads < 1 || heads % key_heads || head_width < 2 || head_width % 2)
+    if (width < 1 || key_heads < 1 || heads % key_heads || head_width < 2 || head_width % 2)
         throw std::invalid_argument("heads must be a multiple of key heads, and their width even.");
     bool norms = last_norm.weight != nullptr;
     for (const Block& block : blocks) norms &= block.attention_norm.weight && block.mlp_norm.weight;
@@ -81,9 +81,9 @@ void Decoder::check() const {
         expect("key", block.key, kept, width);
         expect("value", block.value, kept, width);
         expect("output", block.output, width, all);
-        expect("gate", block.gate, inner, width);
-        expect("up", block.up, inner, width);
-        expect("down", block.down, width, inner);
+        expect("gate", block.gate, block.inner(), width);
+        expect("up", block.up, block.inner(), width);
+        expect("down", block.down, width, block.inner());
     }
     expect("head", head, head.weight->matrix().out, width);
 }
@@ -99,8 +99,7 @@ void Decoder::step(const float* embedding, const float* cosine, const float* sin
     const int all = heads * head_width, kept = key_heads * head_width;
     float *hidden = r.hidden.reserve(width), *entering = r.entering.reserve(width),
           *query = r.query.reserve(all), *key = r.key.reserve(kept), *value = r.value.reserve(kept),
-          *attended = r.attended.reserve(all), *gated = r.gate.reserve(inner), *up = r.up.reserve(inner),
-          *added = r.added.reserve(width);
+          *attended = r.attended.reserve(all), *added = r.added.reserve(width);
     float* weights = r.weights.reserve(static_cast<size_t>(key_heads) * kTogether * (length + 1));
     std::copy(embedding, embedding + width, hidden);
     for (const Block& block : blocks) {
@@ -123,9 +122,11 @@ void Decoder::step(const float* embedding, const float* cosine, const float* sin
         linear_of_one(output, 1, attended, pass, threads);
         add(hidden, added, width);
         l.normalize(hidden, block.mlp_norm.weight, block.mlp_norm.epsilon, width, entering);
+        const int64_t inner = block.inner();
+        float *gated = r.gate.reserve(inner), *up = r.up.reserve(inner);
         const Product both[] = {block.gate.product(gated), block.up.product(up)};
         linear_of_one(both, 2, entering, pass, threads);
-        l.gate(gated, up, tanh, inner);
+        l.gate(gated, up, tanh, static_cast<int>(inner));
         const Product down[] = {block.down.product(added)};
         linear_of_one(down, 1, gated, pass, threads);
         add(hidden, added, width);

@@ -30,10 +30,13 @@ struct Block {
     // [key_heads][room][head_width], the first `length` tokens filled.
     float* keys = nullptr;
     float* values = nullptr;
+
+    // Channels between gate and down; blocks may differ, where some have been dropped.
+    int64_t inner() const { return gate.weight->matrix().out; }
 };
 
 struct Decoder {
-    int width = 0, heads = 0, key_heads = 0, head_width = 0, inner = 0;
+    int width = 0, heads = 0, key_heads = 0, head_width = 0;
     float scale = 0;    // of the products of queries and keys
     bool tanh = false;  // the gate's function: gelu by tanh in place of silu
     std::vector<Block> blocks;

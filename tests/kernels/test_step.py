@@ -21,7 +21,7 @@ from bitmosaic.evaluation.cache import growing_cache
 from bitmosaic.evaluation.decoding import proved
 from bitmosaic.evaluation.fused import FusedStep, fused
 from bitmosaic.linear import QuantizedLinear, set_activations
-from packed import pack_model
+from packed import pack_model, random_tensor
 
 UNIT = 2.0**-24
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -103,6 +103,32 @@ def test_the_step_is_the_models(level: str, name: str, tmp_path: Path) -> None:
     truth = copy.deepcopy(packed.reference).double()(prompt, use_cache=False).logits[:, 250:]
     error = (run(model, step, prompt, 250).double() - truth).abs().max()
     assert error <= 8 * (single - truth).abs().max() + 1e-6 * truth.abs().max()
+
+
+@torch.inference_mode()
+def test_blocks_of_different_widths(level: str, tmp_path: Path) -> None:
+    """As above, with MLPs of 44, 7 and 33 channels."""
+    packed, prompt = pack_model(tiny("llama", num_hidden_layers=3), tmp_path), tokens(1, 30)
+    model = bitmosaic.load(tmp_path, activations="exact", dtype=torch.float32)
+    single, generator = packed.reference.float(), torch.Generator().manual_seed(0)
+    for index, width in ((1, 7), (2, 33)):
+        mlps = model.model.layers[index].mlp, single.model.layers[index].mlp
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = (32, width) if name == "down_proj" else (width, 32)
+            weight = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+            tensor = random_tensor(weight, ("int4-g16", "int3-g16", "pruned"), generator)
+            narrow = QuantizedLinear(tensor)
+            narrow.activations = "exact"
+            plain = nn.Linear(shape[1], shape[0], bias=False)
+            plain.weight = nn.Parameter(tensor.dequantize())
+            setattr(mlps[0], name, narrow)
+            setattr(mlps[1], name, plain)
+    step = fused(model)
+    assert step is not None
+    wanted = single(prompt, use_cache=False).logits[:, 10:].double()
+    truth = copy.deepcopy(single).double()(prompt, use_cache=False).logits[:, 10:]
+    error = (run(model, step, prompt, 10).double() - truth).abs().max()
+    assert error <= 8 * (wanted - truth).abs().max() + 1e-6 * truth.abs().max()
 
 
 @torch.inference_mode()
@@ -212,6 +238,11 @@ def test_shapes_are_checked(tmp_path: Path) -> None:
     attention = model.model.layers[0].self_attn
     attention.k_proj, attention.o_proj = attention.o_proj, attention.k_proj
     with pytest.raises(ValueError, match=r"value must be \[32, 32\], not \[16, 32\]"):
+        fused(model)
+    attention.k_proj, attention.o_proj = attention.o_proj, attention.k_proj
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = attention.q_proj
+    with pytest.raises(ValueError, match=r"up must be \[44, 32\], not \[32, 32\]"):
         fused(model)
 
 

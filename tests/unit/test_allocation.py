@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -434,6 +435,59 @@ class TestPlans:
         checkpoint.write_tensors(path, tensors, metadata)
         with pytest.raises(ValueError, match=f"damaged .*{named}"):
             Allocation.load(path)
+
+    def test_a_plan_of_narrow_matrices_survives_its_file(self, tmp_path):
+        narrow_plan().save(tmp_path / "a.safetensors")
+        read = Allocation.load(tmp_path / "a.safetensors")
+        assert [layer.original_shape for layer in read.layers.values()] == [(44, 32), (32, 44)]
+        assert [layer.is_narrow for layer in read.layers.values()] == [True, True]
+        assert read.ties["down"].tolist() == [7, 43, 0]
+        assert (read.weights, read.kept_weights) == (2 * 32 * 44, 2 * 32 * 3)
+        assert read.bits_per_weight == 8 * read.nbytes / (2 * 32 * 44)
+        assert read.bits_per_kept_weight == 8 * read.nbytes / (2 * 32 * 3)
+
+    @pytest.mark.parametrize("order", [
+        [7, 43, 43], [7, 44, 0], [7, -1, 0], [7, 43], [7, 43, 0, 1], [[7, 43, 0]], [7.0, 43.0, 0.0],
+        [], [True, False, True],
+    ])  # fmt: skip
+    def test_an_order_that_is_no_selection_is_refused(self, tmp_path, order):
+        path = tmp_path / "a.safetensors"
+        narrow_plan().save(path)
+        tensors, metadata = checkpoint.read_tensors(path)
+        checkpoint.write_tensors(path, {**tensors, "down.tie": torch.tensor(order)}, metadata)
+        with pytest.raises(ValueError, match=r"damaged \(down\.tie must hold 3 distinct channels"):
+            Allocation.load(path)
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "named"),
+        [
+            ("down", [32, 2], "down must have fewer channels than the model on one side only"),
+            ("down", [31, 44], "down must have fewer channels"),
+            ("down", [33, 44], "down must have fewer channels"),
+            ("down", [32], "not enough values"),
+            ("down", "x", "not enough values"),
+            ("down", [32, math.inf], "infinity"),
+            ("up", [3, 44], "up keeps 32 in_channels, but no tie says which"),
+            ("up", [2, 32], "up must have fewer channels"),
+        ],
+    )
+    def test_an_original_shape_that_does_not_fit_is_refused(self, tmp_path, name, shape, named):
+        path = tmp_path / "a.safetensors"
+        narrow_plan().save(path)
+        tensors, metadata = checkpoint.read_tensors(path)
+        described = json.loads(metadata["layers"])
+        described[name]["original_shape"] = shape
+        checkpoint.write_tensors(path, tensors, {**metadata, "layers": json.dumps(described)})
+        with pytest.raises(ValueError, match=f"damaged.*{named}"):
+            Allocation.load(path)
+
+
+def narrow_plan():
+    layers = {
+        "up": replace(uniform((3, 32), "int4"), original_shape=(44, 32)),
+        "down": replace(uniform((32, 3), "int4"), original_shape=(32, 44)),
+    }
+    return Allocation(layers, ties={"down": torch.tensor([7, 43, 0])})
 
 
 class TestBudget:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel
 
 from architectures import HIDDEN, NAMES, tiny, tokens
@@ -33,9 +34,10 @@ from bitmosaic.model.structure import (
     structure,
     tie_columns,
 )
+from bitmosaic.model.widths import select_tie
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATED_TIE = Tie("mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}, 44, 44, 1)
+GATED_TIE = Tie("mlp.down_proj", {"mlp.gate_proj": 1, "mlp.up_proj": 1}, 44, 44, 1, narrows=True)
 
 
 def reader(*names: str, norm: str, offset: float = 0.0, router: str = "") -> InputGroup:
@@ -114,7 +116,7 @@ EXPECTED = {
         ),
         ties=(
             Tie("self_attn.out_proj", {"self_attn.v_proj": 1}, 32, 8, 1),
-            Tie("fc2", {"fc1": 1}, 44, 44, 1),
+            Tie("fc2", {"fc1": 1}, 44, 44, 1, narrows=True),
         ),
         residual_writers=("self_attn.out_proj", "fc2"),
         residual_norms=("self_attn_layer_norm", "final_layer_norm"),
@@ -127,7 +129,7 @@ EXPECTED = {
             reader("mlp.c_fc", norm="ln_2"),
             inner("mlp.c_proj"),
         ),
-        ties=(Tie("mlp.c_proj", {"mlp.c_fc": 1}, 128, 128, 1),),
+        ties=(Tie("mlp.c_proj", {"mlp.c_fc": 1}, 128, 128, 1, narrows=True),),
         residual_writers=("attn.c_proj", "mlp.c_proj"),
         residual_norms=("ln_1", "ln_2"),
     ),
@@ -139,7 +141,7 @@ EXPECTED = {
             reader("mlp.dense_h_to_4h", norm=POST),
             inner("mlp.dense_4h_to_h"),
         ),
-        ties=(Tie("mlp.dense_4h_to_h", {"mlp.dense_h_to_4h": 1}, 44, 44, 1),),
+        ties=(Tie("mlp.dense_4h_to_h", {"mlp.dense_h_to_4h": 1}, 44, 44, 1, narrows=True),),
         residual_writers=("attention.dense", "mlp.dense_4h_to_h"),
         residual_norms=("input_layernorm", POST),
     ),
@@ -152,7 +154,7 @@ EXPECTED = {
         ),
         ties=(
             Tie("self_attn.dense", {"self_attn.v_proj": 1}, 32, 8, 1),
-            Tie("mlp.fc2", {"mlp.fc1": 1}, 44, 44, 1),
+            Tie("mlp.fc2", {"mlp.fc1": 1}, 44, 44, 1, narrows=True),
         ),
         residual_writers=("self_attn.dense", "mlp.fc2"),
         residual_norms=("input_layernorm",),
@@ -395,6 +397,50 @@ def test_what_cannot_be_proved_is_left_out() -> None:
     assert [group.linears for group in found.inputs] == [("first",), ("second",), ("unused",)]
     assert all(group.scale_producers == () for group in found.inputs)
     assert found.ties == ()
+
+
+class Between(nn.Module):
+    """A free tie with something on the way from one matrix to the other."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], beside: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})
+        self.change = change
+        if beside:
+            self.mlp["router"] = nn.Linear(8, beside)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inner = self.change(self.mlp["up"](self.norm(hidden_states)))
+        return hidden_states + self.mlp["down"](inner)
+
+
+@pytest.mark.parametrize(
+    ("change", "beside", "narrows"),
+    [
+        (torch.relu, 0, True),
+        (torch.relu, 2, False),  # a reader cannot know that the third matrix has no part in it
+        (lambda x: x - x.mean(-1, keepdim=True), 0, False),
+        (lambda x: functional.rms_norm(x, (x.shape[-1],)), 0, False),
+        (lambda x: x.softmax(-1), 0, False),
+        (lambda x: x + 0 * x.new_zeros(12), 0, False),  # runs at one width only
+    ],
+)
+def test_channels_that_mix_are_not_dropped(
+    change: Callable[[Tensor], Tensor], beside: int, narrows: bool
+) -> None:
+    hidden = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    block = Between(change, beside)
+    found = structure(block, lambda block: block(hidden))
+    assert found.ties == (Tie("mlp.down", {"mlp.up": 1}, 12, 12, 1, narrows=narrows),)
+    assert {linear.weight.shape for linear in linears(block).values()} >= {(12, 8), (8, 12)}
+
+
+@pytest.mark.parametrize("kept", [[], [3, 3], [12], [-1], [[1, 2]]])
+def test_a_bad_selection_is_refused(kept: list[int]) -> None:
+    tie = Tie("mlp.down", {"mlp.up": 1}, 12, 12, 1, narrows=True)
+    with pytest.raises(ValueError, match=r"mlp\.down: kept channels must be distinct and below 12"):
+        select_tie(Between(torch.relu), tie, torch.tensor(kept, dtype=torch.long))
 
 
 def test_an_order_that_leaves_its_segment_is_refused(tmp_path: Path) -> None:

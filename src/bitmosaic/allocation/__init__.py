@@ -21,7 +21,7 @@ from bitmosaic.allocation.outliers import (
     most_outliers,
     remaining,
 )
-from bitmosaic.allocation.plan import Allocation, LayerAllocation, uniform
+from bitmosaic.allocation.plan import Allocation, LayerAllocation, check_narrow, uniform
 from bitmosaic.allocation.solvers import solve, two_level
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "by_share",
     "by_threshold",
     "check_feasible",
+    "check_narrow",
     "exchange",
     "feasible_range",
     "histogram",

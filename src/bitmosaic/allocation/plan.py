@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class LayerAllocation:
         in_importance: what a squared error in each in_channel costs; None where all cost alike.
         out_importance: the same for each out_channel.
         activations: how the input is rounded at run time; None for not at all.
+        original_shape: (out, in) of the weight in the model; larger than `shape` on one side where
+            channels are dropped, and `shape` itself where it is left out.
     """
 
     shape: tuple[int, int]
@@ -47,6 +51,17 @@ class LayerAllocation:
     in_importance: Float[Tensor, " in"] | None = None
     out_importance: Float[Tensor, " out"] | None = None
     activations: Rule | None = None
+    original_shape: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        """Take the shape for the original one where that is left out."""
+        if self.original_shape == (0, 0):
+            object.__setattr__(self, "original_shape", self.shape)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether channels of the weight are dropped."""
+        return self.shape != self.original_shape
 
     @property
     def activation_formats(self) -> tuple[str, ...]:
@@ -78,7 +93,8 @@ class Allocation:
         layers: plan of each quantized weight by its dotted name.
         recipe: method, hyper-parameters and budget that led here; written to recipe.json.
         ties: reorderings folded into the model: for the consumer of a tie (an MLP's down
-            projection) the order of its in_channels, which its producers' rows follow.
+            projection) the order of its in_channels, which its producers' rows follow.  Where the
+            consumer is narrow, the order holds the channels that are kept, and no others.
         residual: order of the residual stream, folded into every matrix that touches it.
     """
 
@@ -93,10 +109,24 @@ class Allocation:
         return sum(layer.nbytes for layer in self.layers.values())
 
     @property
+    def weights(self) -> int:
+        """The weights of the quantized matrices in the model, dropped ones too."""
+        return sum(math.prod(layer.original_shape) for layer in self.layers.values())
+
+    @property
+    def kept_weights(self) -> int:
+        """The weights that are stored, those of pruned tiles too."""
+        return sum(math.prod(layer.shape) for layer in self.layers.values())
+
+    @property
     def bits_per_weight(self) -> float:
-        """Everything stored for the quantized weights, per weight."""
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers.values())
-        return 8 * self.nbytes / weights
+        """Everything stored for the quantized weights, per weight of the model."""
+        return 8 * self.nbytes / self.weights
+
+    @property
+    def bits_per_kept_weight(self) -> float:
+        """The same per weight that is kept."""
+        return 8 * self.nbytes / self.kept_weights
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
@@ -111,6 +141,8 @@ class Allocation:
                 "outlier_format": layer.outlier_format,
                 "activations": layer.activation_formats,
             }
+            if layer.is_narrow:
+                described[name]["original_shape"] = layer.original_shape
             if layer.activations is not None:
                 tensors[f"{name}.activation_rule"] = layer.activations.stored()
             tensors[f"{name}.tile_map"] = layer.tile_map
@@ -154,21 +186,58 @@ class Allocation:
                         in_importance=tensors.get(f"{name}.in_importance"),
                         out_importance=tensors.get(f"{name}.out_importance"),
                         activations=_rule(name, described, tensors),
+                        original_shape=_original_shape(described),
                     )
                 )
                 for name, described in json.loads(metadata["layers"]).items()
             }
             ties = {
-                key.removesuffix(".tie"): _bijection(key, value)
+                key.removesuffix(".tie"): value
                 for key, value in tensors.items()
                 if key.endswith(".tie")
             }
+            check_narrow(layers, ties)
+            for name, value in ties.items():
+                layer = layers.get(name)
+                selects = layer is not None and layer.shape[1] < layer.original_shape[1]
+                ties[name] = value.long() if selects else _bijection(f"{name}.tie", value)
             return cls(layers, dict(json.loads(metadata["recipe"])), ties, order("residual"))
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} must be a whole allocation file, but it is damaged ({error}). "
                 "Make it again with `bitmosaic allocate`."
             ) from error
+
+
+def check_narrow(layers: Mapping[str, LayerAllocation], ties: Mapping[str, Tensor]) -> None:
+    """Refuse narrow matrices whose kept channels are not told, or not as many as they have."""
+    for name, layer in layers.items():
+        fewer = [side for side in (0, 1) if layer.shape[side] < layer.original_shape[side]]
+        more = [side for side in (0, 1) if layer.shape[side] > layer.original_shape[side]]
+        if more or len(fewer) == 2:
+            raise ValueError(
+                f"{name} must have fewer channels than the model on one side only, not "
+                f"{list(layer.shape)} of {list(layer.original_shape)}"
+            )
+        if fewer == [1] and name not in ties:
+            raise ValueError(f"{name} keeps {layer.shape[1]} in_channels, but no tie says which")
+        if fewer == [1]:
+            _check_selection(f"{name}.tie", ties[name], layer)
+
+
+def _check_selection(key: str, kept: Tensor, layer: LayerAllocation) -> None:
+    """Refuse an order that is no selection of a narrow matrix's in_channels."""
+    count, size = layer.shape[1], layer.original_shape[1]
+    whole = kept.dim() == 1 and not kept.is_floating_point() and kept.numel() == count
+    within = whole and 0 <= int(kept.min()) and int(kept.max()) < size
+    if not within or kept.unique().numel() != count:
+        raise ValueError(f"{key} must hold {count} distinct channels below {size}, but does not")
+
+
+def _original_shape(described: Mapping[str, Any]) -> tuple[int, int]:
+    """Read the shape that a matrix has in the model: its own, unless another is stored."""
+    rows, columns = described.get("original_shape", described["shape"])
+    return int(rows), int(columns)
 
 
 def _rule(name: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Rule | None:

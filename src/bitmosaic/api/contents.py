@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,22 @@ from bitmosaic.stored import map_bits
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
 from bitmosaic.tiling import grid_shape, tile_sizes
 
-RECIPE_KEYS = ("method", "parameters", "budget", "bits_per_weight", "versions")
+RECIPE_KEYS = (
+    "method",
+    "parameters",
+    "budget",
+    "bits_per_weight",
+    "bits_per_kept_weight",
+    "versions",
+)
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
     """Describe a packed checkpoint: each matrix, totals by kind of array, the whole files.
 
     ``bits_per_weight`` and ``code_bits`` are over the matrices of the decoder blocks;
-    embeddings and head are listed, but not counted there.
+    embeddings and head are listed, but not counted there.  Both are per weight that the model has,
+    dropped channels included; ``bits_per_kept_weight`` is not.
     """
     packed = checkpoint.open_packed(Path(directory))
     files = checkpoint.tensor_files(packed.directory)
@@ -40,12 +49,15 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     kinds["headers"] = total - sum(kinds.values())
     blocks = [matrix for matrix in matrices if matrix["in_block"]]
     facts = _recipe(packed.directory / "recipe.json")
-    weights = sum(matrix["weights"] for matrix in blocks)
+    weights, kept = (sum(matrix[key] for matrix in blocks) for key in ("weights", "kept_weights"))
+    stored = 8 * sum(matrix["bytes"] for matrix in blocks)
     return {
         "directory": str(directory),
         "bytes": total,
         "weights": weights,
-        "bits_per_weight": 8 * sum(matrix["bytes"] for matrix in blocks) / max(1, weights),
+        "kept_weights": kept,
+        "bits_per_weight": stored / max(1, weights),
+        "bits_per_kept_weight": stored / max(1, kept),
         "code_bits": sum(m["code_bits"] * m["weights"] for m in blocks) / max(1, weights),
         "formats": _shares(blocks),
         "kinds": dict(kinds),
@@ -68,18 +80,22 @@ def _matrix(packed: PackedCheckpoint, name: str, entries: dict[str, Entry]) -> d
     described = packed.tensors[name]
     shape, tile = tuple(described["shape"]), tuple(described["tile"])
     counts = _weights_by_format(packed, name)
-    weights = shape[0] * shape[1]
+    original = checkpoint.original_shape(name, described)
+    weights, kept = math.prod(original), math.prod(shape)
     arrays = {key: entries[f"{name}.{key}"].nbytes for key in ARRAYS if f"{name}.{key}" in entries}
     return {
         "name": name,
         "shape": list(shape),
+        "original_shape": list(original),
         "tile": list(tile),
         # The blocks are the members of a list, so that their paths have a number.
         "in_block": any(part.isdigit() for part in name.split(".")),
         "weights": weights,
-        "formats": {key: count / weights for key, count in counts.items()},
+        "kept_weights": kept,
+        "formats": {key: count / kept for key, count in counts.items()},
         "code_bits": sum(formats.get(key).bits * count for key, count in counts.items()) / weights,
         "bits_per_weight": 8 * sum(arrays.values()) / weights,
+        "bits_per_kept_weight": 8 * sum(arrays.values()) / kept,
         "bytes": sum(arrays.values()),
         "arrays": arrays,
         "activations": list(described.get("activations", [])),
@@ -126,10 +142,10 @@ def _tile_formats(
 
 
 def _shares(matrices: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of all weights in each format."""
+    """Share of all kept weights in each format."""
     sums: Counter[str] = Counter()
     for matrix in matrices:
         for name, share in matrix["formats"].items():
-            sums[name] += share * matrix["weights"]
-    total = sum(matrix["weights"] for matrix in matrices) or 1
+            sums[name] += share * matrix["kept_weights"]
+    total = sum(matrix["kept_weights"] for matrix in matrices) or 1
     return {name: sums[name] / total for name in sorted(sums)}

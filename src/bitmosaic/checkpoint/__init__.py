@@ -30,6 +30,7 @@ from bitmosaic.checkpoint.packed import (
     check_optional,
     describe,
     description,
+    original_shape,
     validate,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "description",
     "header",
     "open_packed",
+    "original_shape",
     "read_entries",
     "read_json",
     "read_tensors",

@@ -51,8 +51,13 @@ infinities and NaN only.  Checked so by numpy, on one thread, a 1 B model takes 
 isfinite waits for OpenMP threads 450 times and took 5 s while another process held a core."""
 
 
-def describe(tensor: QuantizedTensor) -> dict[str, Any]:
-    """What config.json says of a packed tensor; the rest follows from the arrays."""
+def describe(
+    tensor: QuantizedTensor, original_shape: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What config.json says of a packed tensor; the rest follows from the arrays.
+
+    `original_shape` is that of the matrix in the model, where some of its channels are dropped.
+    """
     return description(
         tensor.shape,
         tensor.tile,
@@ -61,6 +66,7 @@ def describe(tensor: QuantizedTensor) -> dict[str, Any]:
         out_permutation=tensor.out_permutation is not None,
         outlier_format=tensor.outlier_format if _has_outliers(tensor) else None,
         activation_formats=tensor.activation_formats,
+        original_shape=original_shape,
     )
 
 
@@ -73,13 +79,17 @@ def description(
     out_permutation: bool,
     outlier_format: str | None = None,
     activation_formats: tuple[str, ...] = (),
+    original_shape: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Describe a packed tensor for config.json.
 
     Optional arrays are named, so that one that got lost is noticed: without its permutation a
-    weight would still decode, to something else.
+    weight would still decode, to something else.  So is the shape that a narrow matrix has in the
+    model: a wrong shape must not look like dropped channels.
     """
     described: dict[str, Any] = {"shape": list(shape), "tile": list(tile), "formats": list(names)}
+    if original_shape not in (None, shape):
+        described["original_shape"] = list(original_shape)
     if sides := ["in"] * in_permutation + ["out"] * out_permutation:
         described["permutations"] = sides
     if outlier_format is not None:
@@ -172,6 +182,7 @@ def described_tensor(name: str, described: Any) -> QuantizedTensor:
                 f"not {list(pair)!r}."
             )
     _check_extent(name, shape, tile)
+    original_shape(name, described)
     listed = isinstance(names, list) and all(isinstance(each, str) for each in names)
     if not listed or not 1 <= len(names) <= 256:
         raise ValueError(f"formats of {name} must be 1 to 256 names, not {names!r}.")
@@ -200,6 +211,25 @@ def described_tensor(name: str, described: Any) -> QuantizedTensor:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return QuantizedTensor(shape, tile, chosen, outlier_format, activation_formats=tuple(rounded))
+
+
+def original_shape(name: str, described: Mapping[str, Any]) -> tuple[int, int]:
+    """Read the shape [out, in] that a matrix has in the model: larger where channels are dropped.
+
+    `shape` must have been checked.  Raises ValueError where no channels can have been dropped so.
+    """
+    rows, columns = described["shape"]
+    if "original_shape" not in described:
+        return rows, columns
+    found = described["original_shape"]
+    whole = isinstance(found, list) and all(type(side) is int for side in found)
+    fits = whole and len(found) == 2 and (found[0] == rows) != (found[1] == columns)
+    if not fits or found[0] < rows or found[1] < columns or max(found) >= _LARGEST_SIDE:
+        raise ValueError(
+            f"original_shape of {name} must be its shape {[rows, columns]} with one side longer, "
+            f"below {_LARGEST_SIDE}, not {found!r}. The file is damaged."
+        )
+    return found[0], found[1]
 
 
 def _check_extent(name: str, shape: tuple[int, int], tile: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -75,6 +75,12 @@ OPTIONS = frozenset(
     "statistics allocation embedding head overwrite resume track".split()
 )
 """What `--set` must not name, being no parameter of a method."""
+
+
+def kept_bits(facts: Mapping[str, Any]) -> str:
+    """Say the bits per kept weight, where channels are dropped; nothing elsewhere."""
+    bits = facts.get("bits_per_kept_weight", facts["bits_per_weight"])
+    return "" if bits == facts["bits_per_weight"] else f", {bits:.4f} bits_per_kept_weight"
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bitmosaic
-from bitmosaic.cli.common import Model, Threads, results, set_threads
+from bitmosaic.cli.common import Model, Threads, kept_bits, results, set_threads
 from bitmosaic.cli.progress import Reporter
 
 _FIGURES = (
@@ -170,7 +170,8 @@ def inspect(
     console.print(_kinds_table(found))
     console.print(
         f"{found['bytes']:,} bytes of tensor files; decoder blocks: {found['weights']:,} weights, "
-        f"{found['bits_per_weight']:.4f} bits_per_weight, {found['code_bits']:.4f} code_bits",
+        f"{found['bits_per_weight']:.4f} bits_per_weight, {found['code_bits']:.4f} code_bits"
+        f"{kept_bits(found)}",
         soft_wrap=True,
     )
     rounded = Counter(" or ".join(each["activations"]) for each in found["matrices"])
@@ -215,7 +216,7 @@ def _matrices_table(matrices: list[dict[str, Any]], shades: dict[str, str]) -> T
     for each in matrices:
         table.add_row(
             escape(each["name"]),
-            _sides(each["shape"]),
+            _shape(each),
             _sides(each["tile"]),
             _histogram(each["formats"], shades),
             f"{each['bits_per_weight']:.3f}",
@@ -247,6 +248,12 @@ def _histogram(shares: dict[str, float], shades: dict[str, str]) -> str:
     )
     words = ", ".join(f"{shades[name]} {name} {share:.0%}" for name, share in shares.items())
     return f"{drawn}  {words}"
+
+
+def _shape(matrix: dict[str, Any]) -> str:
+    """Show a shape, and the model's own where channels are dropped."""
+    whole = matrix["shape"] == matrix["original_shape"]
+    return _sides(matrix["shape"]) + ("" if whole else f" of {_sides(matrix['original_shape'])}")
 
 
 def _sides(pair: list[int]) -> str:

@@ -22,6 +22,7 @@ from bitmosaic.cli.common import (
     Size,
     Threads,
     collect,
+    kept_bits,
     results,
     set_threads,
 )
@@ -146,9 +147,13 @@ def allocate(
             **chosen,
         )
     console = results()
+    told = {
+        "bits_per_weight": allocation.bits_per_weight,
+        "bits_per_kept_weight": allocation.bits_per_kept_weight,
+    }
     console.print(
         f"{output}: {len(allocation.layers)} matrices, {allocation.nbytes:,} bytes, "
-        f"{allocation.bits_per_weight:.4f} bits_per_weight"
+        f"{told['bits_per_weight']:.4f} bits_per_weight{kept_bits(told)}"
     )
     if found := allocation.recipe.get("energy"):
         console.print(
@@ -240,5 +245,5 @@ def _print_outcome(output: Path, facts: dict[str, Any]) -> None:
     done = "is complete already" if facts.get("already_complete") else "is complete"
     results().print(
         f"{output} {done}: {facts['method']}, {facts['bytes']:,} bytes of tensor files, "
-        f"{facts['bits_per_weight']:.4f} bits_per_weight"
+        f"{facts['bits_per_weight']:.4f} bits_per_weight{kept_bits(facts)}"
     )

@@ -55,7 +55,6 @@ class FusedStep:
             "heads": attention.q_proj.out_features // width,
             "key_heads": attention.k_proj.out_features // width,
             "head_width": width,
-            "inner": first.gate_proj.out_features,
             "scale": attention.scaling,
             "tanh": _is_tanh(first.act_fn),
             "blocks": [self._block(block) for block in decoder.layers],

@@ -171,7 +171,12 @@ def _format_of(name: str, described: Mapping[str, Any]) -> str:
             f"{name} must be in one format, {' or '.join(PUBLIC_FORMATS)}, to have a public form, "
             f"not in {', '.join(names)}. {remedy}"
         )
-    for key, what in (("permutations", "a stored order"), ("outlier_format", "outliers")):
+    unknown = {
+        "permutations": "a stored order",
+        "outlier_format": "outliers",
+        "original_shape": "dropped channels",
+    }
+    for key, what in unknown.items():
         if key in described:
             raise UnsupportedError(
                 f"{name} must be stored without {what} to have a public form. {remedy}"

@@ -10,7 +10,7 @@ Only hooks that are alike in transformers 5.15 to 5.23 are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from bitmosaic.checkpoint import (
     Entry,
     check_description,
     check_optional,
+    original_shape,
     read_entries,
 )
 from bitmosaic.formats import UnsupportedError
@@ -44,6 +45,7 @@ from bitmosaic.linear import (
     set_activations,
 )
 from bitmosaic.model.experts import normalise
+from bitmosaic.model.widths import check_widths
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
 
 __all__ = ["BitmosaicConfig", "BitmosaicQuantizer", "register"]
@@ -116,6 +118,7 @@ class BitmosaicQuantizer(HfQuantizer):
         tensors = check_description(self.quantization_config.to_dict())
         entries = _read_headers(checkpoint_files)
         normalise(model)
+        _check_shapes(model, tensors)
         for name, described in tensors.items():
             _replace(model, name, described, entries)
         _tie(model, entries)
@@ -170,21 +173,36 @@ def _read_headers(files: Sequence[str] | None) -> dict[str, Entry]:
     return entries
 
 
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Refuse descriptions of modules that the model lacks, or has in another shape."""
+    for name, described in tensors.items():
+        try:
+            original = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{name} must be a module of {type(model).__name__}, since config.json describes "
+                "it, but there is none. Load the checkpoint with the model class that it was made "
+                "from."
+            ) from error
+        shape, found = _matrix_shape(name, original), original_shape(name, described)
+        if shape != found:
+            raise ValueError(
+                f"shape of {name} must be {list(shape)} as the model has it, not "
+                f"{list(found)}. config.json belongs to another checkpoint."
+            )
+    check_widths(
+        model,
+        {
+            name: (each["shape"][0], each["shape"][1])
+            for name, each in tensors.items()
+            if "original_shape" in each
+        },
+    )
+
+
 def _replace(model: nn.Module, name: str, described: Any, entries: dict[str, Entry]) -> None:
     """Put a packed module, still without data, in the place of a described one."""
-    try:
-        original = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(
-            f"{name} must be a module of {type(model).__name__}, since config.json describes it, "
-            "but there is none. Load the checkpoint with the model class that it was made from."
-        ) from error
-    shape = _matrix_shape(name, original)
-    if shape != tuple(described["shape"]):
-        raise ValueError(
-            f"shape of {name} must be {list(shape)} as the model has it, not "
-            f"{described['shape']!r}. config.json belongs to another checkpoint."
-        )
+    original = model.get_submodule(name)
     tensor = _described(name, described, entries)
     # transformers sets the dtype to load in as torch's default while it builds a model.
     dtype = torch.get_default_dtype()
@@ -192,6 +210,7 @@ def _replace(model: nn.Module, name: str, described: Any, entries: dict[str, Ent
         packed: nn.Module = QuantizedEmbedding.like(original, tensor, name=name, dtype=dtype)
     else:
         bias = getattr(original, "bias", None)
+        bias = None if bias is None else bias[: tensor.shape[0]]
         packed = QuantizedLinear(tensor, bias, name=name, dtype=dtype).train(original.training)
     model.set_submodule(name, packed)
 

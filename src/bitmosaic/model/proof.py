@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,27 @@ class Laboratory:
             self._difference(touched, change) <= self._bound
             and self._difference(touched, half) > _VISIBLE * self._bound
         )
+
+    def proves_alike(self, touched: Sequence[str], change: Change, other: Change) -> bool:
+        """Whether two changes to the matrices `touched`, both visible, lead to the same output.
+
+        The first may replace their parameters by others of other shapes.
+        """
+        kept = [(each, each._parameters.copy()) for each in map(self.matrix, touched)]
+        change(self.block)
+        try:
+            changed = self._output()
+        except RuntimeError:  # shapes that do not fit one another
+            return False
+        finally:
+            for each, parameters in kept:
+                each._parameters.update(parameters)
+                each.out_features, each.in_features = each.weight.shape
+        with self._restored(touched):
+            other(self.block)
+            expected = self._output()
+        visible = float((expected - self._reference).abs().max()) > _VISIBLE * self._bound
+        return visible and float((changed - expected).abs().max()) <= self._bound
 
     def proves_residual(self, change: Change, order: Tensor) -> bool:
         """Whether the changed block maps a reordered input to the equally reordered output.

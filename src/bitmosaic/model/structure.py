@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bitmosaic.model.experts import matrix
 from bitmosaic.model.proof import Key, Laboratory
+from bitmosaic.model.widths import obstacle, select_tie
 
 # Pieces in which matrices are reordered: about 1 MiB of float32 at the usual widths.
 _ROWS = 64
@@ -56,7 +57,8 @@ class Tie:
     [gate; up]). A permutation must map every segment of `segment` consecutive channels to itself
     (size where it is free, the head's width between v and o). Each segment feeds `repeat`
     consecutive segments of the consumer's columns (grouped-query attention; otherwise 1), so the
-    consumer has size * repeat columns.
+    consumer has size * repeat columns. Where the tie `narrows`, channels may also be dropped: the
+    others stay as they are.
     """
 
     consumer: str
@@ -64,6 +66,7 @@ class Tie:
     size: int
     segment: int
     repeat: int
+    narrows: bool = False
 
     @property
     def is_free(self) -> bool:
@@ -250,7 +253,7 @@ def _find_tie(lab: Laboratory, groups: list[InputGroup], group: InputGroup) -> l
         return []
     for candidate in _tie_candidates(lab, groups, group.linears[0]):
         if _proves_tie(lab, candidate):
-            return [candidate]
+            return [replace(candidate, narrows=_proves_selection(lab, candidate))]
     return []
 
 
@@ -295,6 +298,25 @@ def _proves_tie(lab: Laboratory, tie: Tie) -> bool:
         lambda block: permute_tie(block, tie, permutation),
         lambda block: permute_columns(matrix(block, tie.consumer).weight, columns),
     )
+
+
+def _proves_selection(lab: Laboratory, tie: Tie) -> bool:
+    """Whether dropping some channels is the same as giving them no weight in the consumer.
+
+    An order may be free although the channels are mixed on the way, as by a norm without weights.
+    A reader must know from shapes alone that what is left fits (`widths.obstacle`).
+    """
+    if not tie.is_free or obstacle(lab.block, tie.consumer, tuple(tie.producers)):
+        return False
+    # Few are kept: the narrow matrices stand beside the wide ones in memory.
+    kept = lab.random_permutation(tie.size, tie.size)[: max(2, tie.size // 8)]
+
+    def mask(block: nn.Module) -> None:
+        dropped = torch.ones(tie.size, dtype=torch.bool).index_fill_(0, kept, value=False)
+        matrix(block, tie.consumer).weight.data[:, dropped] = 0
+
+    touched = (*tie.producers, tie.consumer)
+    return lab.proves_alike(touched, lambda block: select_tie(block, tie, kept), mask)
 
 
 def _is_later_expert(lab: Laboratory, group: InputGroup) -> bool:

@@ -17,14 +17,22 @@ from torch import Tensor
 
 import bitmosaic
 from bitmosaic import checkpoint, formats
-from bitmosaic.allocation import Allocation, Budget, BudgetError, feasible_range
+from bitmosaic.allocation import (
+    Allocation,
+    Budget,
+    BudgetError,
+    LayerAllocation,
+    check_narrow,
+    feasible_range,
+)
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
-from bitmosaic.model.experts import linears
+from bitmosaic.model.experts import linears, matrix
 from bitmosaic.model.residual import residual_permutable
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, permute_residual_block
+from bitmosaic.model.widths import check_widths
 from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
 from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
@@ -54,13 +62,70 @@ def allocate(
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     layers = plan_budget(method, scores, budget, plan)
     _report_pruned(layers)
-    allocation = Allocation(
-        layers=layers,
+    ties = {name: order for part in scores for name, order in part.ties.items()}
+    allocation = narrowed(source, layers, ties)
+    return replace(
+        allocation,
         recipe={"method": method.name, "parameters": method.parameters(), "budget": str(budget)},
-        ties={name: order for part in scores for name, order in part.ties.items()},
         residual=residual,
     )
+
+
+def narrowed(
+    source: Source, layers: dict[str, LayerAllocation], ties: dict[str, Tensor]
+) -> Allocation:
+    """Make an allocation of plans, some of which may be narrower than the model's matrices.
+
+    Of a tie whose consumer is narrow the last channels of the order are kept, as many as it has.
+    """
+    shapes = source.linear_shapes()
+    layers = {name: replace(layer, original_shape=shapes[name]) for name, layer in layers.items()}
+    kept = {
+        name: order[-layers[name].shape[1] :] if layers[name].is_narrow else order
+        for name, order in ties.items()
+    }
+    check_narrow(layers, kept)
+    allocation = Allocation(layers, ties=kept)
+    check_allocation(source, allocation)
     return allocation
+
+
+def check_allocation(source: Source, allocation: Allocation) -> None:
+    """Refuse a plan of another model, and narrow matrices where none can be."""
+    shapes = source.linear_shapes()
+    planned = {name: layer.original_shape for name, layer in allocation.layers.items()}
+    if planned != shapes:
+        differing = sorted(
+            name for name in {*shapes, *planned} if shapes.get(name) != planned.get(name)
+        )
+        raise ValueError(
+            f"allocation must plan every matrix of {source.path}, but it differs at "
+            f"{differing[0]} (and {len(differing) - 1} more). Allocate for this model."
+        )
+    for index, prefix in enumerate(source.block_names):
+        own = {
+            name.removeprefix(f"{prefix}."): layer
+            for name, layer in allocation.layers.items()
+            if name.startswith(f"{prefix}.") and layer.is_narrow
+        }
+        if own:
+            _check_narrow_block(source, index, {name: each.shape for name, each in own.items()})
+
+
+def _check_narrow_block(source: Source, index: int, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse narrow matrices [out, in] of a block that a reader or its structure does not allow."""
+    block, prefix = source.empty_block(index), source.block_names[index]
+    try:
+        check_widths(block, shapes)
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}") from error
+    narrows = {tie.consumer for tie in structures(source).of(index, block).ties if tie.narrows}
+    for name, shape in shapes.items():
+        if shape[1] < matrix(block, name).in_features and name not in narrows:
+            raise ValueError(
+                f"{prefix}.{name} must keep all of its in_channels, since it is not proved that "
+                "some can be dropped. Allocate without dropping channels."
+            )
 
 
 def score(

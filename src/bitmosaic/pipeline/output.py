@@ -98,7 +98,7 @@ class OutputPlan:
                 is_packed = name.endswith(".weight") and name.removesuffix(".weight") in packed
                 if name.startswith(prefix) and name not in taken and not is_packed:
                     taken.add(name)
-                    found.append(entry)
+                    found.append(_of_narrow(entry, packed))
         return found
 
     def total_bytes(self, layers: Mapping[str, LayerAllocation]) -> int:
@@ -193,6 +193,14 @@ def packed_entries(name: str, layer: LayerAllocation) -> list[Entry]:
             Entry(f"{name}.outlier_counts", index_dtype(width + 1), (rows,)),
         ]
     return found
+
+
+def _of_narrow(entry: Entry, packed: Mapping[str, LayerAllocation]) -> Entry:
+    """Shorten the entry of a bias whose matrix has lost rows."""
+    layer = packed.get(entry.name.removesuffix(".bias"))
+    if layer is None or not layer.is_narrow:
+        return entry
+    return replace(entry, shape=(layer.shape[0],))
 
 
 def pack_rest(
@@ -291,6 +299,7 @@ def _write_config(plan: OutputPlan, allocation: Allocation, directory: Path) -> 
             out_permutation=layer.out_permutation is not None,
             outlier_format=layer.outlier_format if layer.outliers else None,
             activation_formats=layer.activation_formats,
+            original_shape=layer.original_shape,
         )
     config["quantization_config"] = {
         "quant_method": checkpoint.QUANT_METHOD,

@@ -29,6 +29,7 @@ from bitmosaic.model.structure import (
     scale_group,
 )
 from bitmosaic.model.sweep import Sweep
+from bitmosaic.model.widths import narrow, select_tie
 from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import (
     Track,
@@ -175,7 +176,11 @@ class Packer:
         if self.allocation.residual is not None:
             permute_residual_block(block, found, self.allocation.residual)
         for tie in found.ties:
-            if tie.consumer in ties:
+            if tie.consumer not in ties:
+                continue
+            if self.allocation.layers[f"{prefix}.{tie.consumer}"].is_narrow:
+                select_tie(block, tie, ties[tie.consumer])
+            else:
                 permute_tie(block, tie, ties[tie.consumer])
         return found
 
@@ -187,12 +192,14 @@ class Packer:
         tensors, _ = checkpoint.read_tensors(path)
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
+            layer = layers[name]
+            for side, kept in enumerate(layer.shape if layer.is_narrow else ()):
+                narrow(linear, side, torch.arange(kept))  # room for what the file has
             arrays = {
                 key.removeprefix(f"{full}."): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
-            layer = layers[name]
             described = checkpoint.description(
                 layer.shape,
                 layer.tile,

@@ -23,7 +23,7 @@ from bitmosaic import checkpoint
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.allocate import allocate, check_budget
+from bitmosaic.pipeline.allocate import allocate, check_allocation, check_budget
 from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
 from bitmosaic.pipeline.common import (
     Track,
@@ -85,7 +85,8 @@ def quantize(
     plan = OutputPlan(source, options.embedding, options.head, options.shard_bytes)
     _check_request(method, budget, allocation, tokens, statistics_directory)
     if allocation is not None:
-        _check_allocation(source, allocation)
+        check_allocation(source, allocation)
+        _check_statistics(method, allocation)
     elif budget is not None:
         check_budget(source, method, budget, plan)
     if not (method.block_statistics or _calibrates(method, allocation, statistics_directory)):
@@ -155,6 +156,16 @@ def _check_request(
         )
 
 
+def _check_statistics(method: Method, allocation: Allocation) -> None:
+    """Refuse narrow matrices for a method that weighs errors by statistics of the whole ones."""
+    names = [name for name, layer in allocation.layers.items() if layer.is_narrow]
+    if names and method.rounding_statistics:
+        raise ValueError(
+            f"method {method.name} must have whole matrices, since it rounds by statistics of the "
+            f"original model, but {names[0]} keeps only some channels. Use method toga."
+        )
+
+
 def _calibrates(
     method: Method, allocation: Allocation | None, statistics_directory: Path | None
 ) -> bool:
@@ -165,20 +176,6 @@ def _calibrates(
 def needed_statistics(method: Method, allocation: Allocation | None) -> tuple[str, ...]:
     """Name the statistics of the original model that are needed: few where a plan exists."""
     return method.statistics if allocation is None else method.rounding_statistics
-
-
-def _check_allocation(source: Source, allocation: Allocation) -> None:
-    """Refuse a plan of another model."""
-    shapes = source.linear_shapes()
-    planned = {name: layer.shape for name, layer in allocation.layers.items()}
-    if planned != shapes:
-        differing = sorted(
-            name for name in {*shapes, *planned} if shapes.get(name) != planned.get(name)
-        )
-        raise ValueError(
-            f"allocation must plan every matrix of {source.path}, but it differs at "
-            f"{differing[0]} (and {len(differing) - 1} more). Allocate for this model."
-        )
 
 
 def work_directory(output: Path) -> Path:
@@ -243,6 +240,7 @@ def _allocation_digest(allocation: Allocation) -> str:
     orders += sorted(allocation.ties.items())
     for name, layer in sorted(allocation.layers.items()):
         facts = [name, layer.shape, layer.tile, layer.formats, layer.outliers, layer.outlier_format]
+        facts += [layer.original_shape] if layer.is_narrow else []
         content.update(json.dumps(facts).encode())
         content.update(layer.tile_map.numpy().tobytes())
         if layer.activations is not None:
@@ -297,6 +295,8 @@ def _facts(
         "parameters": method.parameters(),
         "budget": str(budget) if budget is not None else allocation.recipe.get("budget"),
         "bits_per_weight": allocation.bits_per_weight,
+        "bits_per_kept_weight": allocation.bits_per_kept_weight,
+        "weights": allocation.weights,
         "weights_bytes": allocation.nbytes,
         "calibration": {
             "text": options.text,
