@@ -65,6 +65,7 @@ def allocate(
     energy_table: str = DEFAULT_TABLE,
     method: str = DEFAULT_METHOD,
     statistics: str | Path | None = None,
+    calibration: str | Path | CalibrationText | None = None,
     embedding: str = "int8",
     head: str = "int8",
     overwrite: bool = False,
@@ -83,6 +84,8 @@ def allocate(
         energy_table: Where the energies are from, one of `api.energy.TABLES`.
         method: Name of a method.
         statistics: Finished statistics directory, where the method needs one.
+        calibration: Text for a method that learns its masks (toga with search=learned); as many
+            windows of it as the statistics are of, and as long ones.
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
         head: The same for an output head that is not tied.
         overwrite: Replace an existing file.
@@ -105,6 +108,10 @@ def allocate(
         )
     source = Source(model)
     measured = None if statistics is None else Statistics.open(Path(statistics))
+    tokens = None
+    if calibration is not None and measured is not None:
+        of = measured.manifest
+        tokens = _open_text(source, calibration, of["samples"], of["seqlen"], 0, track)
     recipe = {}
     if energy is not None:
         scores, _ = pipeline.score(source, chosen, statistics=measured, track=track)
@@ -117,6 +124,7 @@ def allocate(
         budget,
         statistics=measured,
         plan=OutputPlan(source, embedding, head),
+        tokens=None if tokens is None else tokens.tokens,
         track=track,
     )
     allocation = replace(allocation, recipe=allocation.recipe | recipe)

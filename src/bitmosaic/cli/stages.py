@@ -113,6 +113,10 @@ def allocate(
         Path | None,
         typer.Option(help="Statistics made by `bitmosaic calibrate`.", show_default=False),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to search with (toga, search=learned).", show_default=False),
+    ] = None,
     embedding: Embedding = "int8",
     head: Head = "int8",
     formats: Formats = None,
@@ -140,6 +144,7 @@ def allocate(
             energy_table=energy_table,
             method=method,
             statistics=statistics,
+            calibration=calibration,
             embedding=embedding,
             head=head,
             overwrite=overwrite,

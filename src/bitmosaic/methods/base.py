@@ -15,6 +15,8 @@ from torch import Tensor
 
 from bitmosaic import formats, rounding
 from bitmosaic.allocation import LayerAllocation, TileCosts, solve
+from bitmosaic.allocation.masks import Learning
+from bitmosaic.allocation.widths import Width
 from bitmosaic.statistics.activation import ActivationNorms
 from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import clip_tile, grid_shape
@@ -40,6 +42,7 @@ class BlockView:
     fisher: Mapping[str, Tensor] = field(default_factory=dict)
     activation: Mapping[str, ActivationNorms] = field(default_factory=dict)
     pivots: Mapping[str, Tensor] = field(default_factory=dict)
+    mask_fisher: Mapping[str, Tensor] = field(default_factory=dict)
     input_scores: Mapping[str, InputScores] = field(default_factory=dict)
     """By the first matrix that reads an input."""
 
@@ -51,7 +54,8 @@ class BlockScores:
     `importance` is the plain score of each tile (for threshold solvers), in the order of `tables`;
     `ties` the channel orders to fold, by consumer; `inputs` what decides how the input of each
     matrix is rounded, the same object for all that share one; `linked` the matrices that read one
-    input, where they may have to choose alike.
+    input, where they may have to choose alike; `widths` what may go of the channels that a tie
+    orders.
     """
 
     tables: list[TileCosts]
@@ -59,6 +63,7 @@ class BlockScores:
     ties: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputScores] = field(default_factory=dict)
     linked: tuple[tuple[str, ...], ...] = ()
+    widths: Sequence[Width] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class Method:
         return ()
 
     @property
+    def learning(self) -> Learning | None:
+        """How masks of the tiles are learned after `score`; None where they are not."""
+        return None
+
+    @property
     def input_policy(self) -> str:
         """Which of `allocation.thresholds.POLICIES` scored the activations that `score` reads."""
         return "fisher"
@@ -108,6 +118,11 @@ class Method:
     def block_statistics(self) -> tuple[str, ...]:
         """Statistics that `scale` and `quantize` need, measured on the quantized prefix."""
         return ()
+
+    @property
+    def narrows(self) -> bool:
+        """Whether matrices may become narrower, where the structure of a block allows it."""
+        return False
 
     @property
     def folds_residual(self) -> bool:
@@ -263,7 +278,7 @@ def tile_costs(
     ordered, importance = (
         _reorder(matrix, out_permutation, in_permutation) for matrix in (weight, fisher)
     )
-    sums = _tile_sums(importance, cut)
+    sums = tile_sums(importance, cut)
     if score == "fisher_error":
         errors = [
             rounding.tile_errors(ordered, importance, cut, formats.get(each)) for each in names
@@ -316,7 +331,7 @@ def _reorder(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Ten
     return matrix if columns is None else matrix[:, columns]
 
 
-def _tile_sums(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
+def tile_sums(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
     """Sum a matrix over tiles in float64: [tiles_out, tiles_in]."""
     sums = matrix.to(torch.float64)
     for axis, size in enumerate(tile):

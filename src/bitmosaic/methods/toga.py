@@ -24,8 +24,8 @@ pruned widths are not here; deviations, and what was measured: docs/methods/toga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ from bitmosaic.allocation import (
     TileCosts,
     band_formats,
     band_rule,
-    solve,
     widest_rule,
 )
+from bitmosaic.allocation.masks import Learning, check_learning
+from bitmosaic.allocation.widths import Width, by_price, critical_prices, solve_widths
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
@@ -67,6 +68,7 @@ ROUNDING_PRESETS = ("w3.2a3.2", "w4a4")
 
 REORDERS = ("gain", "none")
 MODES = ("weight-only", "weight+activation")
+SEARCHES = ("fisher", "learned")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,19 @@ class Toga(RoundedMethod):
         mode: ``weight+activation`` rounds the input of every matrix in as many bits as its weights
             have, band by band, when the model runs; all matrices that read one input then share
             their bands, and Hessians are of the rounded input.
+        tile_out: rows of a tile; all of them where it is left out, which makes bands.
+        widths: whether inner channels of MLPs may go, so that stored matrices are narrower.
+        search: ``fisher`` decides by one backward pass; ``learned`` goes on from there and learns
+            masks against the loss of the whole model, which the next eight fields are about.
+        steps: how many steps of the search.
+        batch: calibration sequences of a step.
+        lr: learning rate of AdamW.
+        temperature: of the sigmoid that stands for a mask in the backward pass.
+        noise: size of the logistic noise on the masks' logits.
+        constraint: how the budget is held: ``projected`` or ``penalty`` (allocation/masks.py).
+        masks: ``logits`` of their own, or those of a ``hypernetwork``.
+        loss: ``kl`` from the original model, or ``ce``, the cross-entropy of the next token.
+        seed: of noise, batches and hypernetwork.
     """
 
     name: ClassVar[str] = "toga"
@@ -101,6 +116,18 @@ class Toga(RoundedMethod):
     shared: bool = False
     low_first: bool = True
     mode: str = "weight-only"
+    tile_out: int | None = None
+    widths: bool = False
+    search: str = "fisher"
+    steps: int = 100
+    batch: int = 4
+    lr: float = 0.1
+    temperature: float = 0.4
+    noise: float = 1.0
+    constraint: str = "projected"
+    masks: str = "logits"
+    loss: str = "kl"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the parameters before any work."""
@@ -123,11 +150,65 @@ class Toga(RoundedMethod):
             band_formats(self.formats)  # refuses what activations cannot have
             object.__setattr__(self, "shared", True)
         require(self.tile_in >= 1, "tile_in", "at least 1", self.tile_in, "Use 128.")
+        require(
+            self.tile_out is None or self.tile_out >= 1,
+            "tile_out",
+            "at least 1",
+            self.tile_out,
+            "Leave it out for tiles of all rows.",
+        )
+        require(
+            not self.widths or (self.tile_out == self.tile_in and self.reorder == "gain"),
+            "tile_out",
+            "tile_in, and reorder gain, where widths may shrink",
+            (self.tile_out, self.tile_in, self.reorder),
+            "Set tile_out=128, tile_in=128.",
+        )
+        require(
+            not self.rounds_inputs or self.tile_out is None,
+            "tile_out",
+            "left out where activations are rounded with the weights",
+            self.tile_out,
+            "Leave it out.",
+        )
+        require_one_of("search", self.search, SEARCHES)
+        if self.search == "learned":
+            require(
+                not self.rounds_inputs,
+                "search",
+                "fisher where activations are rounded with the weights",
+                self.search,
+                "Set mode=weight-only, or search=fisher.",
+            )
+            check_learning(self.learning)
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Fisher information of every weight, and magnitudes of the inputs for the order."""
-        return ("fisher", "activation") if self.stores_orders else ("fisher",)
+        """Fisher information of weights and masks, and magnitudes of the inputs for the order."""
+        masks = ("mask_fisher",) if self.widths or self._pruned else ()
+        return ("fisher", *masks, *(("activation",) if self.stores_orders else ()))
+
+    @property
+    def learning(self) -> Learning | None:
+        """How the masks are learned, where they are."""
+        if self.search == "fisher":
+            return None
+        return Learning(
+            self.steps,
+            self.batch,
+            self.lr,
+            self.temperature,
+            self.noise,
+            self.constraint,
+            self.masks,
+            self.loss,
+            self.seed,
+        )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether inner channels of MLPs may go."""
+        return self.widths
 
     @property
     def rounds_inputs(self) -> bool:
@@ -138,6 +219,11 @@ class Toga(RoundedMethod):
     def stores_orders(self) -> bool:
         """Whether some matrices will be stored in another order of in_channels."""
         return self.reorder == "gain"
+
+    def score_parameters(self) -> dict[str, Any]:
+        """The hyper-parameters of the one-pass scores: those of the search come later."""
+        late = {"search", "masks", *(each.name for each in fields(Learning))}
+        return {key: each for key, each in super().score_parameters().items() if key not in late}
 
     def stored_orders(self, structure: Structure) -> dict[str, tuple[bool, bool]]:
         """Every order is stored but for those that an MLP's inner channels take on for free."""
@@ -153,31 +239,47 @@ class Toga(RoundedMethod):
     ) -> TileCosts:
         """Make a matrix's table without costs, for questions about bytes before any work."""
         table = super().blank(name, shape, orders)
-        table.cost[self._pruned, :, -1] = torch.inf
+        table.cost[self._pruned, -1, -1] = torch.inf
         return self._with_rule(table)
 
     def score(self, block: BlockView) -> BlockScores:
         """Order the in_channels of every input, then price the tiles of its readers."""
-        free = _free_consumers(block.structure)
+        free = {tie.consumer: tie for tie in block.structure.ties if tie.is_free}
+        shrinks = {name for name, tie in free.items() if self.widths and tie.narrows}
         tables: dict[str, TileCosts] = {}
         ties: dict[str, Tensor] = {}
-        for group in block.structure.inputs:
-            order = self._order(block, group.linears)
-            found = self._tables(block, group.linears, order)
+        rows: dict[str, Tensor] = {}
+        # What orders its producers' rows comes before them.
+        for group in sorted(block.structure.inputs, key=lambda each: each.linears[0] not in free):
             name = group.linears[0]
+            order = self._order(block, group.linears, name in shrinks)
+            found = self._tables(block, group.linears, order, rows, moves=name not in shrinks)
             if order is not None and name in free:
                 assert found[0].in_permutation is not None
                 ties[name] = found[0].in_permutation
+                rows |= dict.fromkeys(free[name].producers, ties[name])
                 found = [replace(found[0], in_permutation=None)]
             tables |= {table.name: table for table in found}
+        widths = []
+        for name in sorted(shrinks & ties.keys()):
+            worth = block.mask_fisher[name].double()[ties[name]] / 2
+            sums = torch.stack([part.sum() for part in worth.split(self.tile_in)])
+            width = Width(name, tuple(free[name].producers), sums)
+            width = replace(width, prices=critical_prices(width, tables, sums))
+            width, moved, ties[name] = by_price(width, tables, ties[name])
+            tables |= moved
+            widths.append(width)
         linked = tuple(group.linears for group in block.structure.inputs)
-        return BlockScores([tables[name] for name in block.weights], ties=ties, linked=linked)
+        return BlockScores(
+            [tables[name] for name in block.weights], ties=ties, linked=linked, widths=widths
+        )
 
     def allocate(self, scores: Sequence[BlockScores], budget: int) -> dict[str, LayerAllocation]:
-        """Choose the bands of all inputs of the model by one multiplier."""
+        """Choose the bands of all inputs of the model, and its widths, by one multiplier."""
         tables = [table for part in scores for table in part.tables]
         linked = [names for part in scores for names in part.linked] if self.shared else []
-        layers = solve(tables, budget, linked)
+        widths = [width for part in scores for width in part.widths]
+        layers = solve_widths(tables, budget, widths, linked)
         if self.rounds_inputs:
             layers = {
                 name: replace(layer, activations=band_rule(layer)) for name, layer in layers.items()
@@ -196,7 +298,7 @@ class Toga(RoundedMethod):
         order = layer.in_permutation
         stored = hessian if order is None else hessian[order][:, order]
         bits = _bits(layer)
-        ahead = self.act_order and not bool((bits == 1).any())
+        ahead = self.act_order and "int1" not in {name[:4] for name in layer.formats}
         bands = bits if self.low_first else torch.zeros_like(bits)
         if not ahead:
             bands = _tile_turns(bands, stored.diagonal(), layer.tile[1])
@@ -223,8 +325,23 @@ class Toga(RoundedMethod):
         sizes = [formats.get(name).tile_bytes(128, self.tile_in) for name in self.formats]
         return sizes.index(min(sizes)), sizes.index(max(sizes))
 
-    def _order(self, block: BlockView, names: tuple[str, ...]) -> Tensor | None:
+    def _importance(self, block: BlockView, name: str, index: int) -> Tensor:
+        """Return the Fisher information that a format's errors are weighed by.
+
+        Pruning takes a column's weights at once: their single Fisher information is raised to that
+        of the column's mask.  Rounding errors of a column do not point into one direction.
+        """
+        fisher = block.fisher[name]
+        if index not in self._pruned:
+            return fisher
+        single = (fisher.double() * block.weights[name].double().square()).sum(0)
+        ratio = block.mask_fisher[name].double() / single.clamp(min=1e-300)
+        return fisher * ratio.float()
+
+    def _order(self, block: BlockView, names: tuple[str, ...], shrinks: bool) -> Tensor | None:
         """Sort the in_channels of an input by rising gain, summed over the matrices that read it.
+
+        Those of a width that may shrink are sorted by what their mask is worth.
 
         Within a tile they come by falling magnitude of the input, as rounding visits them.  Groups
         are those of the channels as they come: sorting makes others, but like ones.
@@ -233,10 +350,15 @@ class Toga(RoundedMethod):
             return None
         gain = torch.zeros((), dtype=torch.float64)
         for name in names:
-            weight, fisher = block.weights[name], block.fisher[name]
+            weight = block.weights[name]
+            if shrinks:
+                gain = gain + block.mask_fisher[name]
+                continue
             cut = clip_tile((weight.shape[0], weight.shape[1]), (None, self.tile_in))
             low, high = (
-                rounding.channel_errors(weight, fisher, cut, formats.get(self.formats[end]))
+                rounding.channel_errors(
+                    weight, self._importance(block, name, end), cut, formats.get(self.formats[end])
+                )
                 for end in self._ends
             )
             gain = gain + (low - high)
@@ -249,38 +371,50 @@ class Toga(RoundedMethod):
         return torch.cat(tiles)
 
     def _tables(
-        self, block: BlockView, names: tuple[str, ...], order: Tensor | None
+        self,
+        block: BlockView,
+        names: tuple[str, ...],
+        order: Tensor | None,
+        rows: dict[str, Tensor],
+        *,
+        moves: bool,
     ) -> list[TileCosts]:
         """Price the tiles of an input's readers in this order of in_channels.
 
-        The last tile of a matrix is never pruned, nor is any tile whose matrix no calibration token
-        has reached: nothing is known of what it is worth.
+        `rows` has the orders of out_channels that are folded into matrices; `moves` lets whole
+        tiles be sorted by gain.  The last tile of a matrix is never pruned, nor is any tile whose
+        matrix no calibration token has reached: nothing is known of what it is worth.
         """
-        tables = [
-            tile_costs(
-                name,
-                block.weights[name],
-                block.fisher[name],
-                (None, self.tile_in),
-                self.formats,
-                "fisher_error",
-                order,
-            )[0]
-            for name in names
-        ]
-        if order is not None:
+        tables = [self._priced(block, name, order, rows.get(name)) for name in names]
+        if order is not None and moves:
             tables = _by_gain(tables, order, self._ends)
         for table in tables:
-            table.cost[self._pruned, :, -1] = torch.inf
+            table.cost[self._pruned, -1, -1] = torch.inf
             if not bool(block.fisher[table.name].any()):
                 table.cost[self._pruned] = torch.inf
         return [self._with_rule(table) for table in tables]
 
+    def _priced(
+        self, block: BlockView, name: str, order: Tensor | None, rows: Tensor | None
+    ) -> TileCosts:
+        """Make one matrix's table."""
+        weight, fisher = block.weights[name], block.fisher[name]
+        if rows is not None:
+            weight, fisher = weight[rows], fisher[rows]
+        tile = (self.tile_out, self.tile_in)
+        table = tile_costs(name, weight, fisher, tile, self.formats, "fisher_error", order)[0]
+        for index in self._pruned:
+            worth = self._importance(block, name, index)
+            worth = worth if rows is None else worth[rows]
+            gone = tile_costs(name, weight, worth, tile, ("pruned",), "fisher_error", order)[0]
+            table.cost[index] = gone.cost[0]
+        return table
+
 
 def _bits(layer: LayerAllocation) -> Tensor:
-    """Bits of each in_channel [in], as stored; of all rows alike."""
-    known = torch.tensor([formats.get(name).bits for name in layer.formats])
-    tiles = known[layer.tile_map[0].long()]
+    """Mean bits of each in_channel [in] over its tiles, as stored."""
+    known = torch.tensor([formats.get(name).bits for name in layer.formats], dtype=torch.float64)
+    tiles = known[layer.tile_map.long()].mean(0)
     return tiles.repeat_interleave(layer.tile[1])[: layer.shape[1]]
 
 
@@ -302,7 +436,9 @@ def _by_gain(tables: list[TileCosts], order: Tensor, ends: tuple[int, int]) -> l
     width = tables[0].tile[1]
     full = tables[0].shape[1] // width
     low, high = ends
-    gain = torch.stack([(table.cost[low] - table.cost[high])[0, :full] for table in tables]).sum(0)
+    gain = torch.stack(
+        [(table.cost[low] - table.cost[high])[:, :full].sum(0) for table in tables]
+    ).sum(0)
     rank = torch.argsort(gain, stable=True)
     places = torch.cat([rank, torch.arange(full, tables[0].cost.shape[2])])
     moved = torch.cat(

@@ -15,29 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bitmosaic
-from bitmosaic import checkpoint, formats
+from bitmosaic import formats
 from bitmosaic.allocation import (
     Allocation,
     Budget,
     BudgetError,
     LayerAllocation,
+    TileCosts,
     check_narrow,
     feasible_range,
 )
-from bitmosaic.allocation.thresholds import InputScores
+from bitmosaic.allocation.widths import without
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
-from bitmosaic.model.experts import linears, matrix
-from bitmosaic.model.residual import residual_permutable
+from bitmosaic.model.experts import matrix
 from bitmosaic.model.source import Source
-from bitmosaic.model.structure import Structure, permute_residual_block
+from bitmosaic.model.structure import Structure
 from bitmosaic.model.widths import check_widths
-from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
-from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
+from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.common import Track, quiet, structures
 from bitmosaic.pipeline.output import OutputPlan
-from bitmosaic.pipeline.score_files import load_scores, save_scores
-from bitmosaic.statistics.activation import ActivationNorms
+from bitmosaic.pipeline.scores import score
+from bitmosaic.pipeline.search import search
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +49,28 @@ def allocate(
     statistics: Statistics | None = None,
     plan: OutputPlan | None = None,
     cache: Path | None = None,
+    tokens: Tensor | None = None,
     track: Track = quiet,
 ) -> Allocation:
     """Decide the format of every tile of the model under a byte budget.
 
     `plan` says how embeddings and head are stored, which a budget of the whole size must know.
     `cache` (default: beside the statistics) keeps the scores, so that another budget costs seconds.
+    A method that learns its masks needs `tokens` [samples, tokens] to search with, for each budget.
     """
     plan = plan or OutputPlan(source)
     check_budget(source, method, budget, plan)
+    if method.learning is not None and tokens is None:
+        raise ValueError(
+            f"method {method.name} must have calibration text to learn its masks with. "
+            "Give --calibration, or leave search=learned out."
+        )
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
+    if method.learning is not None:
+        assert tokens is not None
+        assert statistics is not None  # `score` needed them
+        target = plan_budget(method, scores, budget, plan)
+        scores = search(source, method, scores, target, tokens, statistics.directory, track=track)
     layers = plan_budget(method, scores, budget, plan)
     _report_pruned(layers)
     ties = {name: order for part in scores for name, order in part.ties.items()}
@@ -128,55 +139,6 @@ def _check_narrow_block(source: Source, index: int, shapes: dict[str, tuple[int,
             )
 
 
-def score(
-    source: Source,
-    method: Method,
-    *,
-    statistics: Statistics | None = None,
-    cache: Path | None = None,
-    track: Track = quiet,
-) -> tuple[list[BlockScores], Tensor | None]:
-    """Score all tiles block by block: tables with full names, and the residual order."""
-    if method.statistics:
-        if statistics is None:
-            raise ValueError(
-                f"method {method.name} must have statistics ({', '.join(method.statistics)}). "
-                "Give calibration text, or a directory made by `bitmosaic calibrate`."
-            )
-        statistics.check_model(source)
-        missing = sorted(set(method.statistics) - set(statistics.manifest["statistics"]))
-        if missing:
-            raise ValueError(
-                f"{statistics.directory} must hold {', '.join(missing)} for method {method.name}. "
-                "Calibrate with these statistics."
-            )
-    key = digest([method.name, method.score_parameters()])[:16]
-    if cache is None and statistics is not None:
-        cache = statistics.directory
-    directory = None if cache is None else cache / f"scores-{method.name}-{key}"
-    if directory is not None:
-        identity = {
-            "bitmosaic": bitmosaic.__version__,
-            "model": source.digest,
-            "method": method.name,
-            "parameters": method.score_parameters(),
-            "statistics": None if statistics is None else statistics.manifest,
-        }
-        claim(directory, "scores.json", identity, "Delete that directory.")
-    scorer = _Scorer(source, method, statistics)
-    residual = _residual_order(scorer, directory, track)
-    parts = []
-    for index in blocks(source, track, "score"):
-        path = None if directory is None else block_file(directory, index)
-        part = None if path is None else load_scores(path)
-        if part is None:
-            part = scorer.score(index, residual)
-            if path is not None:
-                save_scores(path, part)
-        parts.append(_renamed(part, source.block_names[index]))
-    return parts, residual
-
-
 def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPlan) -> None:
     """Refuse, before any work, a budget that no choice of the method's formats can meet."""
     if budget.fp4 is not None:
@@ -198,7 +160,21 @@ def check_budget(source: Source, method: Method, budget: Budget, plan: OutputPla
         method.blank(name, shape, orders.get(name, (False, False)))
         for name, shape in source.linear_shapes().items()
     ]
-    plan.check(tables, budget)
+    plan.check(tables, budget, least=_narrowest(source, tables) if method.narrows else None)
+
+
+def _narrowest(source: Source, tables: list[TileCosts]) -> list[TileCosts]:
+    """Leave one tile of every width that may shrink."""
+    gone: dict[str, tuple[int, int]] = {}
+    by_name = {table.name: table for table in tables}
+    for index, prefix in enumerate(source.block_names):
+        for tie in structures(source).of(index, source.empty_block(index)).ties:
+            if tie.narrows and tie.is_free:
+                table = by_name[f"{prefix}.{tie.consumer}"]
+                channels = (table.cost.shape[2] - 1) * table.tile[1]
+                gone[table.name] = (0, channels)
+                gone |= {f"{prefix}.{name}": (channels, 0) for name in tie.producers}
+    return [without(table, *gone.get(table.name, (0, 0))) for table in tables]
 
 
 def _stored_orders(source: Source, method: Method) -> dict[str, tuple[bool, bool]]:
@@ -280,113 +256,3 @@ def _report_pruned(layers: dict[str, Any]) -> None:
 
 def _weights_bytes(layers: dict[str, Any]) -> int:
     return sum(layer.nbytes for layer in layers.values())
-
-
-class _Scorer:
-    """Brings blocks before a method in the order that the residual stream is to have."""
-
-    def __init__(self, source: Source, method: Method, statistics: Statistics | None) -> None:
-        self.source, self.method, self.statistics = source, method, statistics
-        self.structures = structures(source)
-
-    def score(self, index: int, residual: Tensor | None) -> BlockScores:
-        # Where one format serves all, only shapes matter, and those are known without reading.
-        reads = self.method.fits_any_budget
-        block = self.source.load_block(index) if reads else self.source.empty_block(index)
-        found = self.structures.of(index, block)
-        fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
-        activation = self._activation(index)
-        inputs = self._inputs(index)
-        if residual is not None:
-            permute_residual_block(block, found, residual)
-            fisher = _permute_residual(fisher, found, residual)
-            activation, pivots = _permute_inputs(activation, pivots, found, residual)
-        weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
-        view = BlockView(weights, found, fisher, activation, pivots, inputs)
-        return self.method.score(view)
-
-    def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
-        if statistic not in self.method.statistics or self.statistics is None:
-            return {}
-        return self.statistics.read(index, statistic)
-
-    def _inputs(self, index: int) -> dict[str, InputScores]:
-        if INPUT_SCORES not in self.method.statistics or self.statistics is None:
-            return {}
-        return self.statistics.read_input_scores(index, self.method.input_policy)
-
-    def _activation(self, index: int) -> dict[str, ActivationNorms]:
-        if "activation" not in self.method.statistics or self.statistics is None:
-            return {}
-        return self.statistics.read_norms(index)
-
-
-def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Tensor | None:
-    """Order the residual stream by the Fisher information of all that reads and writes it."""
-    if not scorer.method.folds_residual:
-        return None
-    path = None if directory is None else directory / "residual.safetensors"
-    if path is not None and path.is_file():
-        return checkpoint.read_tensors(path)[0]["residual"].long()
-    if not residual_permutable(scorer.source):
-        logger.warning(
-            "%s: no order can be folded into its residual stream, which stays as it is; only the "
-            "insides of its blocks are reordered",
-            type(scorer.source.skeleton).__name__,
-        )
-        return None
-    total = torch.zeros(())
-    assert scorer.statistics is not None
-    for index in blocks(scorer.source, track, "residual"):
-        found = scorer.structures.of(index, scorer.source.empty_block(index))
-        columns = scorer.statistics.read(index, "fisher", "columns")
-        rows = scorer.statistics.read(index, "fisher", "rows")
-        readers = [name for group in found.inputs if group.reads_residual for name in group.linears]
-        total = total + sum(columns[name] for name in readers)
-        total = total + sum(rows[name] for name in found.residual_writers)
-    order = torch.argsort(total, descending=True, stable=True)
-    if path is not None:
-        checkpoint.write_tensors(path, {"residual": order.to(torch.int32)})
-    return order
-
-
-def _permute_residual(
-    tables: dict[str, Tensor], found: Structure, order: Tensor
-) -> dict[str, Tensor]:
-    """Reorder the columns of residual readers and the rows of residual writers."""
-    moved = dict(tables)
-    for group in found.inputs:
-        if group.reads_residual:
-            for name in group.linears:
-                moved[name] = moved[name][:, order]
-    for name in found.residual_writers:
-        moved[name] = moved[name][order]
-    return moved
-
-
-def _permute_inputs(
-    activation: dict[str, ActivationNorms],
-    pivots: dict[str, Tensor],
-    found: Structure,
-    order: Tensor,
-) -> tuple[dict[str, ActivationNorms], dict[str, Tensor]]:
-    """Reorder the in_channels of residual readers."""
-    readers = {name for group in found.inputs if group.reads_residual for name in group.linears}
-    norms = {
-        name: ActivationNorms(**{key: part[order] for key, part in vars(each).items()})
-        if name in readers
-        else each
-        for name, each in activation.items()
-    }
-    return norms, {name: each[order] if name in readers else each for name, each in pivots.items()}
-
-
-def _renamed(part: BlockScores, prefix: str) -> BlockScores:
-    """Give tables and ties their names in the whole model."""
-    return BlockScores(
-        [replace(table, name=f"{prefix}.{table.name}") for table in part.tables],
-        part.importance,
-        {f"{prefix}.{name}": order for name, order in part.ties.items()},
-        {f"{prefix}.{name}": found for name, found in part.inputs.items()},
-        tuple(tuple(f"{prefix}.{name}" for name in names) for names in part.linked),
-    )

@@ -135,9 +135,18 @@ class OutputPlan:
         }
         return self.total_bytes(widest)
 
-    def check(self, tables: Sequence[TileCosts], budget: Budget) -> None:
-        """Refuse a budget outside what the formats of `tables` can reach, naming the range."""
-        low, high = feasible_range(tables)
+    def check(
+        self,
+        tables: Sequence[TileCosts],
+        budget: Budget,
+        least: Sequence[TileCosts] | None = None,
+    ) -> None:
+        """Refuse a budget outside what the formats of `tables` can reach, naming the range.
+
+        `least` are the tables of the narrowest matrices, where widths may shrink.
+        """
+        least = tables if least is None else least
+        low, high = feasible_range(least)[0], feasible_range(tables)[1]
         weights = sum(table.shape[0] * table.shape[1] for table in tables)
         names = ", ".join(tables[0].formats)
         if budget.bits is not None:
@@ -152,7 +161,7 @@ class OutputPlan:
                 f"{lowest if budget.bits < lowest else highest:.4f}; or choose other formats."
             )
         size = self.resolve(budget)
-        lowest, highest = low + self.fixed_upper_bound(tables), self._largest(tables)
+        lowest, highest = low + self.fixed_upper_bound(least), self._largest(tables)
         if lowest <= size and size * 0.998 <= highest:
             return
         nearest = lowest if size < lowest else highest

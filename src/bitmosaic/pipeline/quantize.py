@@ -89,7 +89,9 @@ def quantize(
         _check_statistics(method, allocation)
     elif budget is not None:
         check_budget(source, method, budget, plan)
-    if not (method.block_statistics or _calibrates(method, allocation, statistics_directory)):
+    learns = method.learning is not None and allocation is None
+    measures = bool(method.block_statistics)
+    if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = _prepare_directories(output, options.overwrite, identity)
@@ -109,6 +111,7 @@ def quantize(
             statistics=measured,
             plan=plan,
             cache=None if measured else work,
+            tokens=tokens,
             track=track,
         )
         allocation.save(work / ALLOCATION)
@@ -147,6 +150,11 @@ def _check_request(
         )
     measures = bool(method.block_statistics)
     calibrates = _calibrates(method, allocation, statistics_directory)
+    if method.learning is not None and allocation is None and tokens is None:
+        raise ValueError(
+            f"method {method.name} must have calibration text to learn its masks with. "
+            "Give --calibration, or leave search=learned out."
+        )
     if (measures or calibrates) and tokens is None:
         needed = needed_statistics(method, allocation) if calibrates else ()
         why = ", ".join((*method.block_statistics, *needed))

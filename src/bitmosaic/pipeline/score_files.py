@@ -12,6 +12,7 @@ from bitmosaic import checkpoint
 from bitmosaic.activations import Rule
 from bitmosaic.allocation import TileCosts
 from bitmosaic.allocation.thresholds import InputScores
+from bitmosaic.allocation.widths import Width
 from bitmosaic.bands import BandRule
 from bitmosaic.methods.base import BlockScores
 from bitmosaic.pipeline.calibrate import INPUT_SCORES
@@ -51,7 +52,12 @@ def save_scores(path: Path, part: BlockScores) -> None:
                 tensors[f"{table.name}.{side}"] = values
     for table, sums in zip(part.tables, part.importance, strict=False):
         tensors[f"{table.name}.importance"] = sums
-    metadata = {"tables": json.dumps(described), "linked": json.dumps(part.linked)}
+    tensors |= {f"{width.consumer}.prices": width.prices for width in part.widths}
+    metadata = {
+        "tables": json.dumps(described),
+        "linked": json.dumps(part.linked),
+        "widths": json.dumps([(width.consumer, width.producers) for width in part.widths]),
+    }
     checkpoint.write_tensors(path, tensors, metadata)
 
 
@@ -95,4 +101,8 @@ def load_scores(path: Path) -> BlockScores | None:
         name.removesuffix(".tie"): order for name, order in tensors.items() if name.endswith(".tie")
     }
     linked = tuple(tuple(names) for names in json.loads(metadata["linked"]))
-    return BlockScores(tables, importance, ties, inputs, linked)
+    widths = [
+        Width(consumer, tuple(producers), tensors[f"{consumer}.prices"])
+        for consumer, producers in json.loads(metadata["widths"])
+    ]
+    return BlockScores(tables, importance, ties, inputs, linked, widths)

@@ -1,0 +1,200 @@
+"""score: every tile of the model once, block by block; the tables are kept on disk."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import bitmosaic
+from bitmosaic import checkpoint
+from bitmosaic.allocation.thresholds import InputScores
+from bitmosaic.methods import Method
+from bitmosaic.methods.base import BlockScores, BlockView
+from bitmosaic.model.experts import linears
+from bitmosaic.model.residual import residual_permutable
+from bitmosaic.model.source import Source
+from bitmosaic.model.structure import Structure, permute_residual_block
+from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
+from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
+from bitmosaic.pipeline.score_files import load_scores, save_scores
+from bitmosaic.statistics.activation import ActivationNorms
+
+logger = logging.getLogger(__name__)
+
+
+def score(
+    source: Source,
+    method: Method,
+    *,
+    statistics: Statistics | None = None,
+    cache: Path | None = None,
+    track: Track = quiet,
+) -> tuple[list[BlockScores], Tensor | None]:
+    """Score all tiles block by block: tables with full names, and the residual order."""
+    if method.statistics:
+        if statistics is None:
+            raise ValueError(
+                f"method {method.name} must have statistics ({', '.join(method.statistics)}). "
+                "Give calibration text, or a directory made by `bitmosaic calibrate`."
+            )
+        statistics.check_model(source)
+        missing = sorted(set(method.statistics) - set(statistics.manifest["statistics"]))
+        if missing:
+            raise ValueError(
+                f"{statistics.directory} must hold {', '.join(missing)} for method {method.name}. "
+                "Calibrate with these statistics."
+            )
+    key = digest([method.name, method.score_parameters()])[:16]
+    if cache is None and statistics is not None:
+        cache = statistics.directory
+    directory = None if cache is None else cache / f"scores-{method.name}-{key}"
+    if directory is not None:
+        identity = {
+            "bitmosaic": bitmosaic.__version__,
+            "model": source.digest,
+            "method": method.name,
+            "parameters": method.score_parameters(),
+            "statistics": None if statistics is None else statistics.manifest,
+        }
+        claim(directory, "scores.json", identity, "Delete that directory.")
+    scorer = _Scorer(source, method, statistics)
+    residual = _residual_order(scorer, directory, track)
+    parts = []
+    for index in blocks(source, track, "score"):
+        path = None if directory is None else block_file(directory, index)
+        part = None if path is None else load_scores(path)
+        if part is None:
+            part = scorer.score(index, residual)
+            if path is not None:
+                save_scores(path, part)
+        parts.append(_renamed(part, source.block_names[index]))
+    return parts, residual
+
+
+class _Scorer:
+    """Brings blocks before a method in the order that the residual stream is to have."""
+
+    def __init__(self, source: Source, method: Method, statistics: Statistics | None) -> None:
+        self.source, self.method, self.statistics = source, method, statistics
+        self.structures = structures(source)
+
+    def score(self, index: int, residual: Tensor | None) -> BlockScores:
+        # Where one format serves all, only shapes matter, and those are known without reading.
+        reads = self.method.fits_any_budget
+        block = self.source.load_block(index) if reads else self.source.empty_block(index)
+        found = self.structures.of(index, block)
+        fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
+        masks = self._read(index, "mask_fisher")
+        activation = self._activation(index)
+        inputs = self._inputs(index)
+        if residual is not None:
+            permute_residual_block(block, found, residual)
+            fisher = _permute_residual(fisher, found, residual)
+            activation = _permute_inputs(activation, found, residual)
+            pivots, masks = (
+                {
+                    name: each[residual] if name in _readers(found) else each
+                    for name, each in part.items()
+                }
+                for part in (pivots, masks)
+            )
+        weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
+        view = BlockView(weights, found, fisher, activation, pivots, masks, inputs)
+        return self.method.score(view)
+
+    def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
+        if statistic not in self.method.statistics or self.statistics is None:
+            return {}
+        return self.statistics.read(index, statistic)
+
+    def _inputs(self, index: int) -> dict[str, InputScores]:
+        if INPUT_SCORES not in self.method.statistics or self.statistics is None:
+            return {}
+        return self.statistics.read_input_scores(index, self.method.input_policy)
+
+    def _activation(self, index: int) -> dict[str, ActivationNorms]:
+        if "activation" not in self.method.statistics or self.statistics is None:
+            return {}
+        return self.statistics.read_norms(index)
+
+
+def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Tensor | None:
+    """Order the residual stream by the Fisher information of all that reads and writes it."""
+    if not scorer.method.folds_residual:
+        return None
+    path = None if directory is None else directory / "residual.safetensors"
+    if path is not None and path.is_file():
+        return checkpoint.read_tensors(path)[0]["residual"].long()
+    if not residual_permutable(scorer.source):
+        logger.warning(
+            "%s: no order can be folded into its residual stream, which stays as it is; only the "
+            "insides of its blocks are reordered",
+            type(scorer.source.skeleton).__name__,
+        )
+        return None
+    total = torch.zeros(())
+    assert scorer.statistics is not None
+    for index in blocks(scorer.source, track, "residual"):
+        found = scorer.structures.of(index, scorer.source.empty_block(index))
+        columns = scorer.statistics.read(index, "fisher", "columns")
+        rows = scorer.statistics.read(index, "fisher", "rows")
+        readers = [name for group in found.inputs if group.reads_residual for name in group.linears]
+        total = total + sum(columns[name] for name in readers)
+        total = total + sum(rows[name] for name in found.residual_writers)
+    order = torch.argsort(total, descending=True, stable=True)
+    if path is not None:
+        checkpoint.write_tensors(path, {"residual": order.to(torch.int32)})
+    return order
+
+
+def _permute_residual(
+    tables: dict[str, Tensor], found: Structure, order: Tensor
+) -> dict[str, Tensor]:
+    """Reorder the columns of residual readers and the rows of residual writers."""
+    moved = dict(tables)
+    for group in found.inputs:
+        if group.reads_residual:
+            for name in group.linears:
+                moved[name] = moved[name][:, order]
+    for name in found.residual_writers:
+        moved[name] = moved[name][order]
+    return moved
+
+
+def _permute_inputs(
+    activation: dict[str, ActivationNorms], found: Structure, order: Tensor
+) -> dict[str, ActivationNorms]:
+    """Reorder the in_channels of residual readers."""
+    return {
+        name: ActivationNorms(**{key: part[order] for key, part in vars(each).items()})
+        if name in _readers(found)
+        else each
+        for name, each in activation.items()
+    }
+
+
+def _readers(found: Structure) -> set[str]:
+    return {name for group in found.inputs if group.reads_residual for name in group.linears}
+
+
+def _renamed(part: BlockScores, prefix: str) -> BlockScores:
+    """Give tables and ties their names in the whole model."""
+    return BlockScores(
+        [replace(table, name=f"{prefix}.{table.name}") for table in part.tables],
+        part.importance,
+        {f"{prefix}.{name}": order for name, order in part.ties.items()},
+        {f"{prefix}.{name}": found for name, found in part.inputs.items()},
+        tuple(tuple(f"{prefix}.{name}" for name in names) for names in part.linked),
+        [
+            replace(
+                width,
+                consumer=f"{prefix}.{width.consumer}",
+                producers=tuple(f"{prefix}.{name}" for name in width.producers),
+            )
+            for width in part.widths
+        ],
+    )
