@@ -33,6 +33,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     "+ GPTQ": {**_SORTED, "base": "gptq"},
     "+ KV INT4": {**_SORTED, "base": "gptq"},
 }
+APART = "GPTQ, weights alone"
+"""The same weights' bands with activations in 16 bits: what is left is theirs."""
 
 
 def rows(bench: Bench) -> Iterator[tuple[Row, Measure]]:
@@ -40,6 +42,8 @@ def rows(bench: Bench) -> Iterator[tuple[Row, Measure]]:
     yield {"name": "16 bits"}, bench.original
     for name, parameters in RUNGS.items():
         yield {"name": name, "tile_in": TILE, "share": SHARE}, _measure(bench, name, parameters)
+    alone = {**RUNGS["+ GPTQ"], "mode": "weight-only", "shared": True}
+    yield {"name": APART, "tile_in": TILE, "share": SHARE}, _measure(bench, APART, alone)
 
 
 def _measure(bench: Bench, name: str, parameters: dict[str, Any]) -> Measure:
@@ -55,7 +59,7 @@ def _measure(bench: Bench, name: str, parameters: dict[str, Any]) -> Measure:
 def line(row: Row) -> str:
     """Print a row."""
     return (
-        f"  {row['name']:16} {row['bits_per_weight']:7.4f} bits, {row['salient_share']:6.2%} INT8  "
+        f"  {row['name']:20} {row['bits_per_weight']:7.4f} bits, {row['salient_share']:6.2%} INT8  "
         f"ppl {row['perplexity']:9.4f} kl {row['kl']:.5f}"
     )
 
