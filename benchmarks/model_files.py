@@ -53,6 +53,7 @@ def write_packed(
     *,
     tile: tuple[int, int] = TILE,
     inner: int = INNER,
+    embedding: str = EMBEDDING,
 ) -> dict[str, Any]:
     """Write the packed checkpoint with a tokenizer; tell its bytes and bits.
 
@@ -66,7 +67,7 @@ def write_packed(
     }
     bits = 8 * sum(tensor.nbytes for tensor in tensors.values()) / block_weights()
     table = (VOCABULARY, WIDTH)
-    tensors["model.embed_tokens"] = random_tensor(table, {EMBEDDING: 1}, tile=table)
+    tensors["model.embed_tokens"] = random_tensor(table, {embedding: 1}, tile=table)
     norms = [f"model.layers.{block}.{name}" for block in range(BLOCKS) for name in NORMS]
     stored: dict[str, Tensor] = {
         f"{name}.weight": torch.ones(WIDTH, dtype=torch.bfloat16) for name in [*norms, "model.norm"]

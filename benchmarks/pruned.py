@@ -7,7 +7,7 @@ Every figure is printed beside what is asked; the exit code is 1 where one is mi
 A figure is the share of the time that pruning saves, over the share of the weights that it removes:
 1 where a removed weight costs nothing, 0 where it costs as much as before.  Asked is 0.8.  Weights
 are those that the measured work multiplies by: one matrix; in decoding all of the model, the head
-too; in prefill those of the blocks, since the head sees the last token only.
+too, which has the same bits; in prefill those of the blocks, since the head sees one token only.
 
 First single matrices, with cold weights (kernel.py says how); then a model of Llama-3.2-1B's
 geometry with random weights (model.py says how).  All variants are in memory together and take
@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 import model
 from bitmosaic.evaluation.generation import generate
+from bitmosaic.evaluation.model import silence_loading
 from bitmosaic.integrations.loading import load
 from contenders import Ours, Plan, measure, p10, plan
 from figures import at_least, finish
@@ -45,7 +46,7 @@ from model_files import (
 FORMAT = "int4-g128"
 TILE = (128, 128)
 ASKED = 0.8
-PROMPT, TOKENS, TURNS = 240, 16, 12
+PROMPT, TOKENS, TURNS = 144, 8, 24
 UP, DOWN = (INNER, WIDTH), (WIDTH, INNER)
 
 Rows = list[dict[str, Any]]
@@ -113,7 +114,9 @@ def models(directory: Path, threads: int) -> Rows:
     """Whole models: bytes, loading, decoding, prefill."""
     facts: dict[str, dict[str, Any]] = {}
     for number, each in enumerate(VARIANTS):
-        made = write_packed(_place(directory, number), each.mix, tile=TILE, inner=each.inner)
+        made = write_packed(
+            _place(directory, number), each.mix, tile=TILE, inner=each.inner, embedding=FORMAT
+        )
         loads = [model.in_child("load", _place(directory, number), threads) for _ in range(2)]
         facts[each.name] = made | min(loads, key=lambda load: load["load_seconds"])
         print(
@@ -142,6 +145,7 @@ def models(directory: Path, threads: int) -> Rows:
 def speeds(directory: Path, threads: int) -> dict[str, dict[str, float]]:
     """Tokens a second of each variant, the best of its turns: of a prompt, and of what follows."""
     torch.set_num_threads(threads)
+    silence_loading()
     tokenizer = AutoTokenizer.from_pretrained(_place(directory, 0))
     loaded = {
         each.name: load(_place(directory, number), dtype=torch.float32, activations="int8")
