@@ -60,7 +60,17 @@ def block(seed: int = 0, shapes: dict[str, tuple[int, int]] | None = None) -> Bl
             activation[name] = ActivationNorms(norm, norm, norm)
     inputs = tuple(InputGroup(names) for names in groups)
     ties = (HEADS, FREE) if "down" in shapes else ()
-    return BlockView(weights, Structure(inputs, ties), fisher, activation)
+    view = BlockView(weights, Structure(inputs, ties), fisher, activation)
+    return with_masks(view)
+
+
+def with_masks(view: BlockView) -> BlockView:
+    """Give masks the worth that their columns' weights have one by one."""
+    masks = {
+        name: (fisher.double() * view.weights[name].double().square()).sum(0).float()
+        for name, fisher in view.fisher.items()
+    }
+    return replace(view, mask_fisher=masks)
 
 
 def plan(method: Toga, view: BlockView, share: float) -> dict[str, LayerAllocation]:
@@ -425,6 +435,7 @@ def test_dead_weights_are_the_first_to_be_pruned() -> None:
     view = block(shapes={"a": (24, 96)})
     dead = torch.randperm(96, generator=torch.Generator().manual_seed(2))[:32]
     view.weights["a"][:, dead] = 0
+    view = with_masks(view)
     method = toga(formats=("pruned", *PAIR))
     table = method.score(view).tables[0]
     assert table.in_permutation is not None

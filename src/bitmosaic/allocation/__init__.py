@@ -4,7 +4,7 @@ All solvers see one table for each layer, `TileCosts`: the estimated loss of eve
 candidate format, and its exact bytes.  Tiles of the whole model compete in one pool.
 """
 
-from bitmosaic.allocation.bands import band_formats, band_rule, widest_rule
+from bitmosaic.allocation.bands import band_formats, band_rule, by_gain, widest_rule
 from bitmosaic.allocation.budget import Budget, BudgetError, parse_size
 from bitmosaic.allocation.costs import (
     TileCosts,
@@ -33,6 +33,7 @@ __all__ = [
     "TileCosts",
     "band_formats",
     "band_rule",
+    "by_gain",
     "by_share",
     "by_threshold",
     "check_feasible",

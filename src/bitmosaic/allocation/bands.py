@@ -1,13 +1,16 @@
-"""Rules of bands: each in_channel's input in as many bits as its weights have."""
+"""Bands of in_channels: in which order they come, and how their inputs are rounded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from bitmosaic import formats
+from bitmosaic.allocation.costs import TileCosts
 from bitmosaic.allocation.plan import LayerAllocation
 from bitmosaic.bands import BandRule, bits_of
 from bitmosaic.formats import UnsupportedError
@@ -65,3 +68,25 @@ def widest_rule(names: Sequence[str], width: int, tile: int) -> BandRule:
     tiles = -(-width // tile)
     used = used[: max(1, tiles)]
     return BandRule(tuple(used), tile, torch.zeros(tiles, dtype=torch.uint8))
+
+
+def by_gain(tables: list[TileCosts], order: Tensor, ends: tuple[int, int]) -> list[TileCosts]:
+    """Move whole tiles so that their gains rise as well, summed over the matrices.
+
+    A tile keeps its channels, hence its groups and its costs.  A short last tile stays last.
+    """
+    width = tables[0].tile[1]
+    full = tables[0].shape[1] // width
+    low, high = ends
+    gain = torch.stack(
+        [(table.cost[low] - table.cost[high])[:, :full].sum(0) for table in tables]
+    ).sum(0)
+    rank = torch.argsort(gain, stable=True)
+    places = torch.cat([rank, torch.arange(full, tables[0].cost.shape[2])])
+    moved = torch.cat(
+        [order[: full * width].view(full, width)[rank].flatten(), order[full * width :]]
+    )
+    return [
+        replace(table, cost=table.cost[:, :, places].contiguous(), in_permutation=moved)
+        for table in tables
+    ]

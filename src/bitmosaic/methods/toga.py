@@ -36,6 +36,7 @@ from bitmosaic.allocation import (
     TileCosts,
     band_formats,
     band_rule,
+    by_gain,
     widest_rule,
 )
 from bitmosaic.allocation.masks import Learning, check_learning
@@ -49,6 +50,7 @@ from bitmosaic.methods.base import (
     require,
     require_one_of,
     tile_costs,
+    tile_sums,
 )
 from bitmosaic.model.structure import Structure
 from bitmosaic.tensor import QuantizedTensor
@@ -301,7 +303,7 @@ class Toga(RoundedMethod):
         ahead = self.act_order and "int1" not in {name[:4] for name in layer.formats}
         bands = bits if self.low_first else torch.zeros_like(bits)
         if not ahead:
-            bands = _tile_turns(bands, stored.diagonal(), layer.tile[1])
+            bands = rounding.tile_turns(bands, stored.diagonal(), layer.tile[1])
         factor = rounding.factorise(stored, self.damping, act_order=ahead, bands=bands, name=name)
         return rounding.compensated(
             weight, layer, hessian, static_groups=ahead, factor=factor, name=name
@@ -325,18 +327,10 @@ class Toga(RoundedMethod):
         sizes = [formats.get(name).tile_bytes(128, self.tile_in) for name in self.formats]
         return sizes.index(min(sizes)), sizes.index(max(sizes))
 
-    def _importance(self, block: BlockView, name: str, index: int) -> Tensor:
-        """Return the Fisher information that a format's errors are weighed by.
-
-        Pruning takes a column's weights at once: their single Fisher information is raised to that
-        of the column's mask.  Rounding errors of a column do not point into one direction.
-        """
-        fisher = block.fisher[name]
-        if index not in self._pruned:
-            return fisher
-        single = (fisher.double() * block.weights[name].double().square()).sum(0)
-        ratio = block.mask_fisher[name].double() / single.clamp(min=1e-300)
-        return fisher * ratio.float()
+    def _excess(self, block: BlockView, name: str) -> Tensor:
+        """Return by how much each column's mask is worth more than its weights one by one [in]."""
+        single = (block.fisher[name].double() * block.weights[name].double().square()).sum(0)
+        return (block.mask_fisher[name].double() - single).clamp(min=0)
 
     def _order(self, block: BlockView, names: tuple[str, ...], shrinks: bool) -> Tensor | None:
         """Sort the in_channels of an input by rising gain, summed over the matrices that read it.
@@ -357,11 +351,13 @@ class Toga(RoundedMethod):
             cut = clip_tile((weight.shape[0], weight.shape[1]), (None, self.tile_in))
             low, high = (
                 rounding.channel_errors(
-                    weight, self._importance(block, name, end), cut, formats.get(self.formats[end])
+                    weight, block.fisher[name], cut, formats.get(self.formats[end])
                 )
                 for end in self._ends
             )
             gain = gain + (low - high)
+            if self._ends[0] in self._pruned:
+                gain = gain + self._excess(block, name)
         order = torch.argsort(gain, stable=True)
         size = block.activation[names[0]].rms
         tiles = [
@@ -387,7 +383,7 @@ class Toga(RoundedMethod):
         """
         tables = [self._priced(block, name, order, rows.get(name)) for name in names]
         if order is not None and moves:
-            tables = _by_gain(tables, order, self._ends)
+            tables = by_gain(tables, order, self._ends)
         for table in tables:
             table.cost[self._pruned, -1, -1] = torch.inf
             if not bool(block.fisher[table.name].any()):
@@ -397,17 +393,23 @@ class Toga(RoundedMethod):
     def _priced(
         self, block: BlockView, name: str, order: Tensor | None, rows: Tensor | None
     ) -> TileCosts:
-        """Make one matrix's table."""
+        """Make one matrix's table.
+
+        Rounding errors of a column do not point into one direction; pruning takes its weights at
+        once, so that it is priced as the column's mask is.
+        """
         weight, fisher = block.weights[name], block.fisher[name]
         if rows is not None:
             weight, fisher = weight[rows], fisher[rows]
         tile = (self.tile_out, self.tile_in)
         table = tile_costs(name, weight, fisher, tile, self.formats, "fisher_error", order)[0]
-        for index in self._pruned:
-            worth = self._importance(block, name, index)
-            worth = worth if rows is None else worth[rows]
-            gone = tile_costs(name, weight, worth, tile, ("pruned",), "fisher_error", order)[0]
-            table.cost[index] = gone.cost[0]
+        if self._pruned:
+            excess = self._excess(block, name)
+            if order is not None:
+                weight, fisher, excess = weight[:, order], fisher[:, order], excess[order]
+            part = fisher.double() * weight.double().square()
+            part *= excess / part.sum(0).clamp(min=1e-300)
+            table.cost[self._pruned] += tile_sums(part, table.tile) / 2
         return table
 
 
@@ -416,38 +418,6 @@ def _bits(layer: LayerAllocation) -> Tensor:
     known = torch.tensor([formats.get(name).bits for name in layer.formats], dtype=torch.float64)
     tiles = known[layer.tile_map.long()].mean(0)
     return tiles.repeat_interleave(layer.tile[1])[: layer.shape[1]]
-
-
-def _tile_turns(bands: Tensor, worth: Tensor, width: int) -> Tensor:
-    """Number the tiles by rising band, then by falling mean worth; of each in_channel [in]."""
-    mean = torch.stack([part.double().mean() for part in worth.split(width)])
-    turn = torch.argsort(mean, descending=True, stable=True)
-    turn = turn[torch.argsort(bands[::width][turn], stable=True)]
-    place = torch.empty_like(turn)
-    place[turn] = torch.arange(turn.numel())
-    return place.repeat_interleave(width)[: bands.numel()]
-
-
-def _by_gain(tables: list[TileCosts], order: Tensor, ends: tuple[int, int]) -> list[TileCosts]:
-    """Move whole tiles so that their gains rise as well, summed over the matrices.
-
-    A tile keeps its channels, hence its groups and its costs.  A short last tile stays last.
-    """
-    width = tables[0].tile[1]
-    full = tables[0].shape[1] // width
-    low, high = ends
-    gain = torch.stack(
-        [(table.cost[low] - table.cost[high])[:, :full].sum(0) for table in tables]
-    ).sum(0)
-    rank = torch.argsort(gain, stable=True)
-    places = torch.cat([rank, torch.arange(full, tables[0].cost.shape[2])])
-    moved = torch.cat(
-        [order[: full * width].view(full, width)[rank].flatten(), order[full * width :]]
-    )
-    return [
-        replace(table, cost=table.cost[:, :, places].contiguous(), in_permutation=moved)
-        for table in tables
-    ]
 
 
 def _free_consumers(structure: Structure) -> set[str]:
