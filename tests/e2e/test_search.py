@@ -178,16 +178,16 @@ def test_what_is_learned_is_never_worse_by_the_loss_it_is_compared_by(
     assert one_pass.nbytes <= BUDGET.bits * one_pass.weights / 8
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
 def test_widths_and_bits_share_a_budget(name: str, tmp_path: Path) -> None:
-    made = method(search="fisher", base="gptq")
+    made = method(search="fisher", base="gptq", formats=("int2-g32", "int4-g32"))
     model = case(tmp_path, name, torch.float32)
-    budget = Budget(bits=1.2)
+    budget = Budget(bits=2.9)
     output, facts = model.quantize(made, budget, tokens=model.tokens)
     plan = pipeline.allocate(model.source, made, budget, statistics=model.statistics)
     narrow = [layer for layer in plan.layers.values() if layer.is_narrow]
     assert narrow, "nothing became narrower"
-    assert facts["weights_bytes"] == plan.nbytes <= 1.2 * plan.weights / 8
+    assert facts["weights_bytes"] == plan.nbytes <= 2.9 * plan.weights / 8
     loaded = load(output)
     assert bool(loaded(model.tokens[:1], use_cache=False).logits.isfinite().all())
 

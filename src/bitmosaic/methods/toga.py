@@ -187,8 +187,14 @@ class Toga(RoundedMethod):
     @property
     def statistics(self) -> tuple[str, ...]:
         """Fisher information of weights and masks, and magnitudes of the inputs for the order."""
-        masks = ("mask_fisher",) if self.widths or self._pruned else ()
-        return ("fisher", *masks, *(("activation",) if self.stores_orders else ()))
+        compensates = self.base == "gptq"
+        wanted = {
+            "fisher": True,
+            "mask_fisher": self.widths or bool(self._pruned),
+            "activation": self.stores_orders or compensates,
+            "pivots": compensates,
+        }
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @property
     def learning(self) -> Learning | None:
@@ -225,7 +231,8 @@ class Toga(RoundedMethod):
     def score_parameters(self) -> dict[str, Any]:
         """The hyper-parameters of the one-pass scores: those of the search come later."""
         late = {"search", "masks", *(each.name for each in fields(Learning))}
-        return {key: each for key, each in super().score_parameters().items() if key not in late}
+        found = {key: each for key, each in super().score_parameters().items() if key not in late}
+        return found | {"compensates": self.base == "gptq"}
 
     def stored_orders(self, structure: Structure) -> dict[str, tuple[bool, bool]]:
         """Every order is stored but for those that an MLP's inner channels take on for free."""
@@ -327,10 +334,18 @@ class Toga(RoundedMethod):
         sizes = [formats.get(name).tile_bytes(128, self.tile_in) for name in self.formats]
         return sizes.index(min(sizes)), sizes.index(max(sizes))
 
-    def _excess(self, block: BlockView, name: str) -> Tensor:
-        """Return by how much each column's mask is worth more than its weights one by one [in]."""
-        single = (block.fisher[name].double() * block.weights[name].double().square()).sum(0)
-        return (block.mask_fisher[name].double() - single).clamp(min=0)
+    def _rounding_worth(self, block: BlockView, name: str) -> Tensor:
+        """Return what a squared rounding error of each weight costs, [out, in].
+
+        Compensation leaves of an in_channel's error what later ones do not explain: the pivot in
+        the place of the mean square.  Without compensation it is the Fisher information.
+        """
+        fisher = block.fisher[name]
+        if self.base != "gptq":
+            return fisher
+        square = block.activation[name].rms.square()
+        left = (block.pivots[name] / square.clamp(min=1e-30)).clamp(max=1)
+        return fisher * left
 
     def _order(self, block: BlockView, names: tuple[str, ...], shrinks: bool) -> Tensor | None:
         """Sort the in_channels of an input by rising gain, summed over the matrices that read it.
@@ -350,14 +365,14 @@ class Toga(RoundedMethod):
                 continue
             cut = clip_tile((weight.shape[0], weight.shape[1]), (None, self.tile_in))
             low, high = (
-                rounding.channel_errors(
-                    weight, block.fisher[name], cut, formats.get(self.formats[end])
+                block.mask_fisher[name].double()
+                if end in self._pruned
+                else rounding.channel_errors(
+                    weight, self._rounding_worth(block, name), cut, formats.get(self.formats[end])
                 )
                 for end in self._ends
             )
             gain = gain + (low - high)
-            if self._ends[0] in self._pruned:
-                gain = gain + self._excess(block, name)
         order = torch.argsort(gain, stable=True)
         size = block.activation[names[0]].rms
         tiles = [
@@ -396,20 +411,21 @@ class Toga(RoundedMethod):
         """Make one matrix's table.
 
         Rounding errors of a column do not point into one direction; pruning takes its weights at
-        once, so that it is priced as the column's mask is.
+        once, so that it is priced as the column's mask is, shared out by what its weights are worth
+        one by one.
         """
-        weight, fisher = block.weights[name], block.fisher[name]
+        weight, fisher = block.weights[name], self._rounding_worth(block, name)
         if rows is not None:
             weight, fisher = weight[rows], fisher[rows]
         tile = (self.tile_out, self.tile_in)
         table = tile_costs(name, weight, fisher, tile, self.formats, "fisher_error", order)[0]
         if self._pruned:
-            excess = self._excess(block, name)
+            mask = block.mask_fisher[name].double()
             if order is not None:
-                weight, fisher, excess = weight[:, order], fisher[:, order], excess[order]
+                weight, fisher, mask = weight[:, order], fisher[:, order], mask[order]
             part = fisher.double() * weight.double().square()
-            part *= excess / part.sum(0).clamp(min=1e-300)
-            table.cost[self._pruned] += tile_sums(part, table.tile) / 2
+            part *= mask / part.sum(0).clamp(min=1e-300)
+            table.cost[self._pruned] = tile_sums(part, table.tile) / 2
         return table
 
 
