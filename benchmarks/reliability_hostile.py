@@ -278,6 +278,9 @@ def _try(case: Case, watch: Watch, seed: int) -> str:
 def run_native(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Run csrc/fuzz_pack.cpp, as `make sanitize` builds it; rows for reliability.py."""
     program = ROOT / "build" / "sanitize" / "fuzz_pack"
+    if not program.exists():
+        print("skip native: build/sanitize/fuzz_pack is not built (make sanitize)")
+        return [{"figure": "hostile: the C++ check", "skipped": "not built; make sanitize"}]
     mutations_asked = 5_000 if quick else 1_000_000
     began = time.perf_counter()
     words = [str(program), "mutate", str(mutations_asked)]

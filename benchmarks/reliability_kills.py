@@ -63,7 +63,11 @@ class Case:
 def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Kill and resume; rows for reliability.py."""
     cases = [Case(command, parent) for command in commands(parent, quick)]
-    rows = [_at_random(cases, 12 if quick else 220), _at_calls(cases, 2 if quick else 16)]
+    if quick:
+        methods = len(QUANTIZE)
+        rows = [_at_random(cases[:methods], methods), _at_calls(cases[methods:], 2)]
+    else:
+        rows = [_at_random(cases, 210), _at_calls(cases, 10)]
     if not quick:
         rows.append(_program(cases[3], 10))
     lost = [text for case in cases for text in case.lost]

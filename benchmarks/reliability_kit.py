@@ -118,11 +118,13 @@ def child(
 
     Raises TimeoutError where it takes more than `limit` seconds.
     """
-    with tempfile.TemporaryFile() as said, mmap.mmap(-1, 8) as shared:
+    out, said = os.pipe()  # no file, whose size may be limited; its 64 KiB take all that is said
+    with open(out, "rb") as words, mmap.mmap(-1, 8) as shared:
         began = time.perf_counter()
         pid = os.fork()
         if pid == 0:
-            _run(line, said.fileno(), shared, arm)
+            _run(line, said, shared, arm)
+        os.close(said)
         handle = os.pidfd_open(pid)  # names this child, also when its number is another's
         timer = threading.Timer(limit if kill_after is None else kill_after, _kill, (handle,))
         timer.start()
@@ -131,9 +133,8 @@ def child(
         timer.join()
         os.close(handle)
         seconds = time.perf_counter() - began
-        said.seek(0)
         code = os.waitstatus_to_exitcode(status)
-        ended = Ended(code, said.read().decode(), seconds, int.from_bytes(shared[:], "little"))
+        ended = Ended(code, words.read().decode(), seconds, int.from_bytes(shared[:], "little"))
     if kill_after is None and seconds >= limit:
         raise TimeoutError(f"{' '.join(line)} took more than {limit:g} s")
     return ended

@@ -41,6 +41,11 @@ class TestTensorScale:
         assert math.frexp(scale)[0] == 0.5
         assert 2**13 <= largest / scale < 2**14 or scale == 2.0**-100
 
+    @pytest.mark.parametrize("name", ["int4-g16", "codebook3", "int1-sym"])
+    def test_what_would_decode_to_infinity_is_refused(self, name):
+        with pytest.raises(ValueError, match="must be at most 8.50706e.37 in magnitude"):
+            formats.get(name).tensor_scale(3e38)
+
     def test_zero_matrix(self):
         assert formats.get("int4-g128").tensor_scale(0.0) == 1.0
         assert formats.get("fp8-e4m3-tensor").tensor_scale(0.0) == 1.0
