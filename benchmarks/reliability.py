@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
-    "kills": "kills:run",
+    "kills": "kills:run_moments",
+    "calls": "kills:run_calls",
+    "program": "kills:run_program",
     "faults": "faults:run",
     "weights": "hostile:run_weights",
     "directories": "hostile:run_directories",
@@ -76,6 +78,7 @@ def _start_again() -> None:
         "FAULTS": "1",
         "LD_PRELOAD": str(reliability_kit.library()),
         "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": "1",  # 64 MiB of addresses for each thread that a loader starts
     }
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)

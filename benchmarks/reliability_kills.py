@@ -60,21 +60,36 @@ class Case:
             self.lost.append(f"{self.command.name}, {how}: {ended.code} {ended.said.strip()}")
 
 
-def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
-    """Kill and resume; rows for reliability.py."""
+def run_moments(parent: Path, quick: bool) -> list[dict[str, Any]]:
+    """Kill at random moments and resume; rows for reliability.py."""
     cases = [Case(command, parent) for command in commands(parent, quick)]
     if quick:
-        methods = len(QUANTIZE)
-        rows = [_at_random(cases[:methods], methods), _at_calls(cases[methods:], 2)]
-    else:
-        rows = [_at_random(cases, 210), _at_calls(cases, 10)]
-    if not quick:
-        rows.append(_program(cases[3], 10))
+        return _judged(cases, _at_random(cases[: len(QUANTIZE)], len(QUANTIZE)))
+    return _judged(cases, _at_random(cases, 210))
+
+
+def run_calls(parent: Path, quick: bool) -> list[dict[str, Any]]:
+    """Kill at calls that change files and resume; rows for reliability.py."""
+    cases = [Case(command, parent) for command in commands(parent, quick)]
+    if quick:
+        return _judged(cases, _at_calls(cases[len(QUANTIZE) :], 2))
+    return _judged(cases, _at_calls(cases, 10))
+
+
+def run_program(parent: Path, quick: bool) -> list[dict[str, Any]]:
+    """Kill the installed program and resume; rows for reliability.py."""
+    if quick:
+        return []  # three starts with all their imports
+    cases = [Case(quantizing(make_kit(parent / "program", "llama"), "sfmp"), parent)]
+    return _judged(cases, _program(cases[0], 10))
+
+
+def _judged(cases: list[Case], row: dict[str, Any]) -> list[dict[str, Any]]:
     lost = [text for case in cases for text in case.lost]
     for text in lost:
         print(f"     LOST {text[:400]!r}")
-    rows.append(at_most("kills: runs that lost or changed something", len(lost), 0, "runs"))
-    return rows
+    what = row["figure"].removeprefix("kills: ")
+    return [row, at_most(f"kills: lost or changed by {what}", len(lost), 0, "runs")]
 
 
 def commands(parent: Path, quick: bool) -> list[Command]:
@@ -94,7 +109,7 @@ def commands(parent: Path, quick: bool) -> list[Command]:
 def replacing(kit: Path) -> Command:
     """Return a command that replaces an earlier output."""
     old = kit / "old"
-    if child(quantizing(kit, "rtn").line(old)).code:
+    if not (old / "out").exists() and child(quantizing(kit, "rtn").line(old)).code:
         raise RuntimeError("the output to be replaced could not be made")
 
     def prepare(place: Path) -> None:
