@@ -94,7 +94,7 @@ class Watch:
 
 def run_weights(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Try single weights in memory; rows for reliability.py."""
-    return _share("weights in memory", tensors, parent, 6_000 if quick else 200_000)
+    return _share("weights in memory", tensors, parent, 4_000 if quick else 200_000)
 
 
 def run_directories(parent: Path, quick: bool) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ THREADS = 8
 def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Serve from threads, and race processes; rows for reliability.py."""
     made = kit.make_kit(parent / "together", "llama")
-    return [*_served(made, parent, 4 if quick else 60), *_raced(made, parent, 3 if quick else 20)]
+    return [*_served(made, parent, 4 if quick else 60), *_raced(made, parent, 2 if quick else 20)]
 
 
 def _served(made: Path, parent: Path, seconds: int) -> list[dict[str, Any]]:
