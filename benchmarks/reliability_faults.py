@@ -63,7 +63,7 @@ class Faults:
             self.note(case, how, "other bytes, and no word")
         return bool(ended.code)
 
-    def at_calls(self, name: str, what: int, error: int, most: int = 16) -> dict[str, Any]:
+    def at_calls(self, name: str, what: int, error: int, most: int = 8) -> dict[str, Any]:
         """Fail calls that change files in their turn: `most` of a command's, spread evenly.
 
         A disk that fills up and stays full does so at every single call of the first command.
@@ -99,7 +99,7 @@ class Faults:
         """Run on file systems of few pages; give them room for the second run."""
         count, unmounted = 0, 0
         for case in self.cases:
-            pages = range(1, 60, 29) if self.quick else range(1, 120, 8)
+            pages = range(1, 60, 29) if self.quick else range(1, 120, 12)
             for size in pages:
                 with fresh(case.command, case.parent) as place:
                     if not mount(place, f"size={4 * size}k"):
@@ -146,7 +146,7 @@ class Faults:
         """Take the model away, or cut its weights short, at a read of the run."""
         count = 0
         for case in self.cases:
-            for at in range(5, 200, 150 if self.quick else 12):
+            for at in range(5, 200, 150 if self.quick else 24):
                 for way in (take_away, cut_short):
                     with fresh(case.command, case.parent) as place:
                         kit = case.command.kit
@@ -164,7 +164,7 @@ class Faults:
         return at_least(
             "faults: models that vanish or shrink during a run",
             count,
-            1 if self.quick else 20,
+            1 if self.quick else 10,
             "runs",
         )
 
@@ -172,7 +172,7 @@ class Faults:
         """Let the wall clock jump at every reading, and give files times of other centuries."""
         count = 0
         for number, case in enumerate(self.cases):
-            for seed in range(1, 2 if self.quick else 6):
+            for seed in range(1, 2 if self.quick else 4):
                 with fresh(case.command, case.parent) as place:
                     at = 1 + (case.whole[1].calls * seed) // 7
 

@@ -94,17 +94,17 @@ class Watch:
 
 def run_weights(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Try single weights in memory; rows for reliability.py."""
-    return _share("weights in memory", tensors, parent, 4_000 if quick else 200_000)
+    return _share("weights in memory", tensors, parent, 4_000 if quick else 100_000)
 
 
 def run_directories(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Try checkpoint directories; rows for reliability.py."""
-    return _share("checkpoint directories", directories, parent, 600 if quick else 20_000)
+    return _share("checkpoint directories", directories, parent, 600 if quick else 10_000)
 
 
 def run_models(parent: Path, quick: bool) -> list[dict[str, Any]]:
     """Try whole models; rows for reliability.py."""
-    return _share("whole models", models, parent, 20 if quick else 1_500)
+    return _share("whole models", models, parent, 20 if quick else 800)
 
 
 Case = Callable[[random.Random], str]

@@ -73,7 +73,7 @@ def run_calls(parent: Path, quick: bool) -> list[dict[str, Any]]:
     cases = [Case(command, parent) for command in commands(parent, quick)]
     if quick:
         return _judged(cases, _at_calls(cases[len(QUANTIZE) :], 2))
-    return _judged(cases, _at_calls(cases, 10))
+    return _judged(cases, _at_calls(cases, 5))
 
 
 def run_program(parent: Path, quick: bool) -> list[dict[str, Any]]:

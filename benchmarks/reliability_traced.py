@@ -57,7 +57,8 @@ def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
         program = [sys.executable, "-B", "-m", "bitmosaic", *line]
         environment = {
             **{key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS") if key in os.environ},
-            **{"HOME": str(home), "TMPDIR": str(home / "tmp")},
+            "HOME": str(home),
+            "TMPDIR": str(home / "tmp"),
         }
         done = subprocess.run(
             [*_cut_off(), *words, *program], capture_output=True, text=True, env=environment
