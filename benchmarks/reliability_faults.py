@@ -227,7 +227,7 @@ def commands(parent: Path, quick: bool) -> list[Command]:
     if quick:
         return [quantizing(llama, "layerwise")]
     kept = quantizing(llama, "sfmp", "--statistics", "{place}/stats", name="statistics kept")
-    return [quantizing(llama, "rtn"), kept, quantizing(llama, "cmpq"), calibrating(llama)]
+    return [quantizing(llama, "rtn"), kept, calibrating(llama)]
 
 
 def skipped(name: str, why: str) -> dict[str, Any]:
