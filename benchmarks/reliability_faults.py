@@ -43,6 +43,15 @@ class Faults:
     def note(self, case: Case, how: str, what: str) -> None:
         """Keep what went wrong."""
         self.wrong.append(f"{case.command.name}, {how}: {what}")
+        print(f"     WRONG {self.wrong[-1][:200]} ... {what[-300:]}", flush=True)
+
+    def judged(self, what: str) -> dict[str, Any]:
+        """Count what was lost, wrong or unsaid."""
+        lost = [text for case in self.cases for text in case.lost]
+        for text in lost:
+            print(f"     LOST {text[:400]!r}")
+        count = len(lost) + len(self.wrong)
+        return at_most(f"faults: lost, wrong or unsaid, {what}", count, 0, "runs")
 
     def told(self, case: Case, ended: Ended, how: str) -> None:
         """See that a run that failed said so in one sentence."""
@@ -196,10 +205,9 @@ class Faults:
         return at_least("faults: runs and resumed runs under a clock that jumps", count, 1, "runs")
 
 
-def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
-    """Break runs off by faults; rows for reliability.py."""
-    cases = [Case(command, parent) for command in commands(parent, quick)]
-    faults = Faults(cases, quick)
+def run_disks(parent: Path, quick: bool) -> list[dict[str, Any]]:
+    """Fill disks and break them; rows for reliability.py."""
+    faults = Faults([Case(command, parent) for command in commands(parent, quick)], quick)
     rows = [
         faults.at_calls("the disk full from then on", FAIL_FROM_THEN_ON, errno.ENOSPC),
         faults.at_calls("an input-output error", FAIL_ONCE, errno.EIO),
@@ -207,18 +215,14 @@ def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
         faults.limited_files(),
         faults.small_disks(),
         faults.read_only(),
-        faults.vanished(),
-        faults.clocks(),
     ]
-    if not quick:
-        rows.append(faults.at_calls("the disk full once", FAIL_ONCE, errno.ENOSPC))
-    wrong = [*faults.wrong, *(text for case in cases for text in case.lost)]
-    for text in wrong:
-        print(f"     WRONG {text[:200]} ... {text[-300:]}")
-    rows.append(
-        at_most("faults: runs that lost something or did not say so", len(wrong), 0, "runs")
-    )
-    return rows
+    return [*rows, faults.judged("disks")]
+
+
+def run_inputs(parent: Path, quick: bool) -> list[dict[str, Any]]:
+    """Let models vanish and clocks jump; rows for reliability.py."""
+    faults = Faults([Case(command, parent) for command in commands(parent, quick)], quick)
+    return [faults.vanished(), faults.clocks(), faults.judged("inputs and clocks")]
 
 
 def commands(parent: Path, quick: bool) -> list[Command]:

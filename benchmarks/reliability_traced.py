@@ -95,9 +95,10 @@ def commands(made: Path, place: Path) -> list[list[str]]:
         ["inspect", str(place / "out")],
         calibrated,
         [*allocated, "--statistics", str(place / "statistics" / "out")],
-        ["quantize", str(made / "model"), "--method", "rtn", "--format", "nvfp4", "--bits", "5",
-         "--output", str(place / "nvfp4")],
-        ["export", str(place / "nvfp4"), str(place / "public"), "--to", "compressed-tensors"],
+        ["quantize", str(made / "model"), "--method", "rtn", "--format", "fp8-e4m3-tensor",
+         "--bits", "9",
+         "--output", str(place / "fp8")],
+        ["export", str(place / "fp8"), str(place / "public"), "--to", "compressed-tensors"],
     ]  # fmt: skip
 
 
