@@ -7,8 +7,8 @@ STAMP   := $(VENV)/.bitmosaic-installed
 LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: FORCE setup demo test sanitize emulate emulated check format hardware bench-quality bench-fgmp bench-toga plot plot-energy energy-sweep
-.PHONY: bench-scale bench-scale-search bench-cpu bench-pruned size clean
+.PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
+.PHONY: bench-toga plot plot-energy energy-sweep bench-scale bench-scale-search bench-cpu bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -39,16 +39,35 @@ test: $(STAMP)
 # undefined behaviour. Python itself is no such build, hence the libraries loaded before it.
 SANITIZED := build/sanitize
 sanitize: export OMP_NUM_THREADS ?= 1
-sanitize: $(STAMP)
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBITMOSAIC_NATIVE=ON -DBITMOSAIC_SANITIZE=ON \
-	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
-	$(BIN)/cmake --build $(SANITIZED)
+sanitize: sanitized
 	$(SANITIZED)/fuzz_pack $(FUZZ)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests BITMOSAIC_BUILD=$(SANITIZED) \
 	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
 	    tests/unit/test_scales.py $(ARGS)
+
+sanitized: $(STAMP)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBITMOSAIC_NATIVE=ON -DBITMOSAIC_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build $(SANITIZED)
+
+# Kills, full disks, hostile files and numbers, threads, traces: docs/reliability.md. Half an hour; QUICK=1: two minutes.
+# A part by itself: make reliability ARGS='--parts kills'.
+reliability: export OMP_NUM_THREADS ?= 1
+reliability: $(STAMP)
+ifdef QUICK
+	PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py --quick $(ARGS)
+else
+	$(MAKE) --no-print-directory sanitized
+	PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py --json benchmarks/results/reliability.json $(ARGS)
+endif
+
+# Known faults of what is installed, by PyPI's own database; needs that, and says so where it cannot be asked.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 # The same tests on the AVX-512 kernels, which most machines cannot run: emulated by AVX2 and SIMDe. That the best
 # level is named makes sure that it is there.

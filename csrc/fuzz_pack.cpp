@@ -1,4 +1,5 @@
-// Feeds random weights, sound and damaged, to all that takes a file's arrays: `fuzz_pack [runs] [first]`.
+// Feeds random weights, sound and damaged, to all that takes a file's arrays: `fuzz_pack [runs] [first]`; or so many
+// damaged copies of sound ones, each damaged anew, to the checks above all: `fuzz_pack mutate [mutations]`.
 //
 // A sound one must come out as an independent reading of docs/format-spec.md says, bit for bit by `rows` and
 // column by column by `linear`; a damaged one must be refused by std::invalid_argument or be sound after all.
@@ -8,6 +9,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -97,10 +99,48 @@ void run(Random& random, Tally& tally) {
     }
 }
 
+constexpr int kCopies = 50;     // damaged ones of each sound weight
+constexpr int kPackedOfCopies = 16;  // one in so many that passed the checks is packed and used
+
+// Damages a sound weight once to three times, and sees that it is refused or that all of it can be used.
+void mutate(Random& random, const Sound& sound, Tally& tally) {
+    Weight copy = sound.weight;
+    copy.point();
+    for (int64_t damages = random.pick<int64_t>({1, 1, 2, 3}); damages; --damages) damage(random, copy);
+    try {
+        if (!objection(copy.tensor).empty()) return void(++tally.objected);
+        const size_t planned = planned_bytes(copy.tensor);
+        ++tally.packed;
+        if (!random.one_in(kPackedOfCopies)) return;
+        const auto storage = pack(copy.tensor, 1);
+        if (storage->bytes() != planned) fail("bytes", 0, 0, double(planned), double(storage->bytes()));
+        use(random, storage->matrix());
+    } catch (const std::invalid_argument&) {
+        ++tally.refused;
+    }
+}
+
+void mutate_all(long mutations) {
+    const std::vector<std::string> levels = level_names();
+    Tally tally{};
+    for (long done = 0; done < mutations; ++number) {
+        Random random{std::mt19937_64(static_cast<uint64_t>(number))};
+        use_level(levels[number % levels.size()]);
+        const Sound sound = random_weight(random);
+        for (int i = 0; i < kCopies && done < mutations; ++i, ++done) mutate(random, sound, tally);
+    }
+    std::printf("%ld mutations: %d packed, %d refused, %d objected to\n", mutations, tally.packed, tally.refused,
+                tally.objected);
+}
+
 }  // namespace
 }  // namespace bitmosaic
 
 int main(int count, char** arguments) {
+    if (count > 1 && !std::strcmp(arguments[1], "mutate")) {
+        bitmosaic::mutate_all(count > 2 ? std::atol(arguments[2]) : 1000000);
+        return 0;
+    }
     const long runs = count > 1 ? std::atol(arguments[1]) : 10000;
     const long first = count > 2 ? std::atol(arguments[2]) : 0;
     const std::vector<std::string> levels = bitmosaic::level_names();

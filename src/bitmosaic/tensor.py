@@ -143,11 +143,11 @@ class QuantizedTensor:
         return replace(self, **moved)
 
     def tile_formats(self) -> UInt8[Tensor, "tiles_out tiles_in"]:
-        """Format index of each tile."""
+        """Format index of each tile; not to be written to."""
         tall, wide = grid_shape(self.shape, self.tile)
         bits = map_bits(len(self.formats))
         if bits == 0:
-            return torch.zeros((tall, wide), dtype=torch.uint8)
+            return torch.zeros((), dtype=torch.uint8).expand(tall, wide)
         planes = self.tile_map.cpu().view(1, bits, -1)
         return unpack_planes(planes, tall * wide).view(tall, wide)
 

@@ -41,7 +41,7 @@ class Section:
     @property
     def count(self) -> int:
         """Number of tiles."""
-        return int(self.picked.sum())
+        return int(torch.count_nonzero(self.picked))  # a sum would make an int64 of each
 
     @property
     def groups(self) -> int:
@@ -147,7 +147,7 @@ def sections(
                 if not (tall and rows and wide and columns):
                     continue
                 part = tile_map[first_row : first_row + tall, first_column : first_column + wide]
-                picked = part == index
+                picked = _picked(part, index, len(formats))
                 if bool(picked.any()):
                     yield Section(
                         fmt,
@@ -158,6 +158,15 @@ def sections(
                         first_column * tile[1],
                         picked,
                     )
+
+
+def _picked(part: UInt8[Tensor, "tiles_out tiles_in"], index: int, count: int) -> Tensor:
+    """Mark the tiles of one among `count` formats.
+
+    Of one format a file has no map that would bound the number of tiles: whoever damaged it could
+    name any, so nothing is made for each of them.
+    """
+    return part.new_ones((), dtype=torch.bool).expand_as(part) if count == 1 else part == index
 
 
 def tile_sizes(

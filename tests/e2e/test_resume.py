@@ -25,6 +25,7 @@ from bitmosaic.methods.base import BASES
 from bitmosaic.methods.sfmp import Sfmp
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline import QuantizeOptions, Statistics
+from bitmosaic.pipeline.places import exclusive
 from interruption import PLACES, Moments, fill_disk, kill, press_control_c
 from runs import Case, case, content
 
@@ -152,7 +153,7 @@ def finish(work: Work, output: Path, whole: Whole) -> None:
             work.run(output)
     else:
         work.run(output)
-        assert sorted(path.name for path in output.parent.iterdir()) == [output.name]
+    assert sorted(path.name for path in output.parent.iterdir()) == [output.name]
     assert content(output) == whole.files
 
 
@@ -329,6 +330,22 @@ def test_another_run_is_refused(
     with pytest.raises(FileExistsError, match=f"differs in {named}. Use --overwrite"):
         pipeline.quantize(source, method, budget, output, **request)
     assert content(tmp_path) == before
+
+
+def test_a_second_process_is_told(model: Path, tmp_path: Path) -> None:
+    output = interrupted(model, tmp_path)
+    before = content(tmp_path)
+    with exclusive(tmp_path / "out.unfinished"):
+        with pytest.raises(FileExistsError, match="must be used by one process at a time"):
+            Work(model).run(output)
+        with pytest.raises(FileExistsError, match="must be used by one process at a time"):
+            Work(model, overwrite=True).run(output)
+        assert content(tmp_path) == before
+    Work(model).run(output)
+    with exclusive(tmp_path / "statistics"):
+        with pytest.raises(FileExistsError, match="must be used by one process at a time"):
+            Work(model).calibrate(tmp_path / "statistics")
+        assert list((tmp_path / "statistics").iterdir()) == []
 
 
 def test_another_plan_of_the_same_recipe_is_refused(model: Path, tmp_path: Path) -> None:

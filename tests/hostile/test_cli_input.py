@@ -148,6 +148,46 @@ def test_weights_that_are_not_finite(kit: Path, tmp_path: Path, value: float) ->
     assert list(place.iterdir()) == []
 
 
+def test_weights_too_large_to_round(kit: Path, tmp_path: Path) -> None:
+    """Finite in the file; what a grid around them decodes to would not be."""
+    model = damaged(kit, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = 3e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    refused(leaves_nothing(kit, tmp_path, model=model), name, "must be at most 1.32923e+36")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers must be at most"),
+        ("hidden_size", 2**40, "hidden_size must be at most 96"),
+        ("head_dim", 2**33, "head_dim must be at most 96"),
+        ("rms_norm_eps", "x", "rms_norm_eps"),
+        ("hidden_act", "no such function", "can be built"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(
+    kit: Path, packed: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    """Refused before the model that it describes is built."""
+    for origin in (kit / "model", packed):
+        model = Path(shutil.copytree(origin, tmp_path / origin.name))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {key: value}))
+    refused(leaves_nothing(kit, tmp_path, model=tmp_path / "model"), words)
+    result = run("generate", tmp_path / "packed", "a")
+    refused(result, "config.json", *([words] if "must be" in words else ["must"]))
+
+
+def test_a_configuration_nested_too_deeply(kit: Path, tmp_path: Path) -> None:
+    model = damaged(kit, tmp_path)
+    (model / "config.json").write_text("[" * 100_000)
+    refused(leaves_nothing(kit, tmp_path, model=model), "must be a JSON object")
+    refused(run("generate", model, "a"), "must be the configuration of a model")
+
+
 def test_no_tokenizer(kit: Path, tmp_path: Path) -> None:
     model = damaged(kit, tmp_path)
     for path in model.glob("tokenizer*"):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bitmosaic.backends import ACTIVATIONS
+from bitmosaic.backends import ACTIVATIONS, cpu
 from kernels.cases import BACKEND, INTEGER_FORMATS, mixture, tokens
 
 SHAPE = (1030, 900)
@@ -19,6 +19,29 @@ SHAPE = (1030, 900)
 TENSOR = mixture(
     (*INTEGER_FORMATS, "bf16", "pruned"), SHAPE, (64, 128), permuted=True, outliers=0.005
 )
+
+
+def test_threads_that_leave_torch_alone_decide_for_themselves() -> None:
+    """The first to come is the first to go: neither may leave its number of threads behind."""
+    threads = torch.get_num_threads()
+    entered, left = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with cpu.torch_alone():
+            entered.set()
+            left.wait()
+
+    with ThreadPoolExecutor() as pool:
+        with cpu.torch_alone():
+            other = pool.submit(stay)
+            entered.wait()
+        left.set()
+        other.result()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert cpu.threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("activations", ["exact", "int8"])

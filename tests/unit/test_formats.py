@@ -35,11 +35,16 @@ class TestNames:
 
 
 class TestTensorScale:
-    @pytest.mark.parametrize("largest", [1e-37, 0.02, 1.0, 0.999, 3.7, 1e30, 3e38])
+    @pytest.mark.parametrize("largest", [1e-37, 0.02, 1.0, 0.999, 3.7, 1e30, 2.0**126])
     def test_default_brings_the_largest_into_the_top_of_fp16_scales(self, largest):
         scale = formats.get("int4-g128").tensor_scale(largest)
         assert math.frexp(scale)[0] == 0.5
         assert 2**13 <= largest / scale < 2**14 or scale == 2.0**-100
+
+    @pytest.mark.parametrize("name", ["int4-g16", "codebook3", "int1-sym"])
+    def test_what_would_decode_to_infinity_is_refused(self, name):
+        with pytest.raises(ValueError, match=r"must be at most 8\.50706e\+37 in magnitude"):
+            formats.get(name).tensor_scale(3e38)
 
     def test_zero_matrix(self):
         assert formats.get("int4-g128").tensor_scale(0.0) == 1.0

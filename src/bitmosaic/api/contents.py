@@ -16,7 +16,7 @@ from bitmosaic.checkpoint import Entry, PackedCheckpoint
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.stored import map_bits
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
-from bitmosaic.tiling import grid_shape, tile_sizes
+from bitmosaic.tiling import grid_shape, sections
 
 RECIPE_KEYS = (
     "method",
@@ -106,12 +106,11 @@ def _weights_by_format(packed: PackedCheckpoint, name: str) -> dict[str, int]:
     """Count a matrix's weights in each of its formats."""
     described = packed.tensors[name]
     shape, tile, names = tuple(described["shape"]), tuple(described["tile"]), described["formats"]
-    heights, widths = tile_sizes(shape, tile)
-    areas = heights[:, None] * widths[None]
-    index = _tile_formats(packed, name, shape, tile, names).long()
-    sums = torch.zeros(len(names), dtype=torch.int64)
-    sums.index_add_(0, index.flatten(), areas.flatten().long())
-    return {key: int(count) for key, count in zip(names, sums, strict=True)}
+    chosen = tuple(formats.get(each) for each in names)
+    counts = dict.fromkeys(names, 0)
+    for part in sections(shape, tile, chosen, _tile_formats(packed, name, shape, tile, names)):
+        counts[names[part.format_index]] += part.count * part.rows * part.columns
+    return counts
 
 
 def _tile_formats(
@@ -133,7 +132,7 @@ def _tile_formats(
             raise ValueError(f"{full} must be {wanted} bytes (uint8). The file is damaged.")
         tensor.tile_map = stored
     index = tensor.tile_formats()
-    if int(index.max()) >= len(names):
+    if wanted and int(index.max()) >= len(names):
         raise ValueError(
             f"{full} must hold indices below {len(names)}, not {int(index.max())}. "
             "The file is damaged."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from bitmosaic.pipeline.allocate import check_budget
 from bitmosaic.pipeline.calibrate import MANIFEST
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.places import clear_published, remove_left
 from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
 
 DEFAULT_SAMPLES = 64
@@ -190,6 +190,7 @@ def quantize(
             "--fp4 and --allocation."
         )
     chosen = choose_method(method, parameters, plan)
+    clear_published(output, work_directory(output))
     if not (resume and output.exists()):
         check_output(output, overwrite)
     source = Source(model)
@@ -236,7 +237,7 @@ def nothing_left(directory: Path) -> Iterator[None]:
         yield
     except ValueError:
         if not existed:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_left(directory)
         raise
 
 

@@ -12,6 +12,7 @@ weight by its handle, a number that is never given twice in a process.  They car
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,8 +46,9 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_COLUMNS = 65536
 """Columns that the prepared layout's 16-bit indices of outliers reach."""
 
-_taken: int | None = None
-"""Threads of the kernels while torch has to make do with one; None: as many as torch has."""
+_taken = threading.local()
+"""`count`: threads of the kernels while torch has to make do with one.  Of each Python thread, as
+torch's own number is: one that leaves `torch_alone` must not decide for another that is in it."""
 
 
 @contextmanager
@@ -56,20 +58,19 @@ def torch_alone() -> Iterator[None]:
     Between two kernels of a decoding step torch has microseconds of work, yet its OpenMP threads
     spin for milliseconds after each of its parallel operations, on the cores that the kernels want.
     """
-    global _taken
-    threads, outer = torch.get_num_threads(), _taken
-    _taken = outer or threads
+    threads, outer = torch.get_num_threads(), getattr(_taken, "count", None)
+    _taken.count = outer or threads
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        _taken = outer
+        _taken.count = outer
 
 
 def threads() -> int:
     """Return how many threads the kernels use: torch's, also within `torch_alone`."""
-    return _taken or torch.get_num_threads()
+    return getattr(_taken, "count", None) or torch.get_num_threads()
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,7 +138,7 @@ def validate(name: str, tensor: QuantizedTensor) -> None:
     _expect(name, "tile_map", tensor.tile_map, bits * packed_bytes(tall * wide))
     _expect(name, "tensor_scales", tensor.tensor_scales, 4 * len(tensor.formats))
     tile_map = tensor.tile_formats()
-    if int(tile_map.max()) >= len(tensor.formats):
+    if bits and int(tile_map.max()) >= len(tensor.formats):
         raise ValueError(
             f"{name}.tile_map must hold indices below {len(tensor.formats)}, "
             f"not {int(tile_map.max())}. The file is damaged."

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from bitmosaic import checkpoint
+from bitmosaic.model.skeleton import check_size
 from bitmosaic.model.tensor_files import TensorFiles
 
 __all__ = ["check_files", "context_length", "open_tokenizer", "silence_loading"]
@@ -21,9 +22,12 @@ def check_files(directory: Path) -> None:
     """
     config = _config(directory)
     if is_packed(config):
-        checkpoint.open_packed(directory)
+        packed = checkpoint.open_packed(directory)
+        sides = [side for each in packed.tensors.values() for side in each["shape"]]
+        check_size(config, directory, len(packed.files), max(sides, default=0))
     else:
-        TensorFiles(directory)
+        files = TensorFiles(directory)
+        check_size(config, directory, len(files.entries), files.largest_side)
 
 
 def context_length(directory: Path) -> int | None:
@@ -68,7 +72,7 @@ def _config(directory: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # transformers checks each field by a type of error of its own
         raise ValueError(
             f"{file} must be the configuration of a model that the installed transformers knows, "
             f"which it is not ({type(error).__name__}). Copy or make the model again."

@@ -274,7 +274,17 @@ def load_model(
     transformers fills missing weights with random numbers and goes on; that is never what is to be
     measured.  `activations` is how packed layers compute: "exact" or "int8".
     """
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a constructor raises at numbers that make no sense
+        raise ValueError(
+            f"{path / 'config.json'} must describe a model that can be built, which it does not "
+            f"({type(error).__name__}). Copy or make the model again."
+        ) from error
     missing = sorted({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])})
     if missing:
         raise ValueError(

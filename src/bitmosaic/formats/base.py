@@ -29,6 +29,10 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+LARGEST_WEIGHT = 2.0**126
+"""A grid may reach beyond the largest weight, by less than a factor of two: this stays finite."""
+
+
 class UnsupportedError(ValueError):
     """Raised when a valid request cannot be served by this component; the message names who can."""
 
@@ -112,6 +116,11 @@ class Format:
         """
         if largest == 0.0:
             return 1.0
+        if largest > LARGEST_WEIGHT:
+            raise ValueError(
+                f"weights must be at most {LARGEST_WEIGHT:g} in magnitude to be rounded, not "
+                f"{largest:g}: what they decode to could be infinite. Scale the matrix."
+            )
         # Times the smallest fp16 scale, 2^-24, it must stay a normal float32: at least 2^-126.
         return 2.0 ** max(math.frexp(largest)[1] - 14, -100)
 

@@ -334,14 +334,15 @@ class Toga(RoundedMethod):
         sizes = [formats.get(name).tile_bytes(128, self.tile_in) for name in self.formats]
         return sizes.index(min(sizes)), sizes.index(max(sizes))
 
-    def _rounding_worth(self, block: BlockView, name: str) -> Tensor:
-        """Return what a squared rounding error of each weight costs, [out, in].
+    def _rounding_worth(self, block: BlockView, name: str, index: int) -> Tensor:
+        """Return what a squared rounding error of each weight in a format costs, [out, in].
 
         Compensation leaves of an in_channel's error what later ones do not explain: the pivot in
-        the place of the mean square.  Without compensation it is the Fisher information.
+        the place of the mean square.  Without compensation it is the Fisher information; so it is
+        of 1 bit, whose errors are too large for others to take over (docs/methods/toga.md).
         """
         fisher = block.fisher[name]
-        if self.base != "gptq":
+        if self.base != "gptq" or formats.get(self.formats[index]).bits == 1:
             return fisher
         square = block.activation[name].rms.square()
         left = (block.pivots[name] / square.clamp(min=1e-30)).clamp(max=1)
@@ -368,7 +369,10 @@ class Toga(RoundedMethod):
                 block.mask_fisher[name].double()
                 if end in self._pruned
                 else rounding.channel_errors(
-                    weight, self._rounding_worth(block, name), cut, formats.get(self.formats[end])
+                    weight,
+                    self._rounding_worth(block, name, end),
+                    cut,
+                    formats.get(self.formats[end]),
                 )
                 for end in self._ends
             )
@@ -414,16 +418,23 @@ class Toga(RoundedMethod):
         once, so that it is priced as the column's mask is, shared out by what its weights are worth
         one by one.
         """
-        weight, fisher = block.weights[name], self._rounding_worth(block, name)
+        weight, single = block.weights[name], block.fisher[name]
         if rows is not None:
-            weight, fisher = weight[rows], fisher[rows]
+            weight, single = weight[rows], single[rows]
         tile = (self.tile_out, self.tile_in)
-        table = tile_costs(name, weight, fisher, tile, self.formats, "fisher_error", order)[0]
+        found = []
+        for index, each in enumerate(self.formats):
+            worth = self._rounding_worth(block, name, index)
+            worth = worth if rows is None else worth[rows]
+            found.append(tile_costs(name, weight, worth, tile, (each,), "fisher_error", order)[0])
+        table = replace(
+            found[0], formats=self.formats, cost=torch.cat([each.cost for each in found])
+        )
         if self._pruned:
             mask = block.mask_fisher[name].double()
             if order is not None:
-                weight, fisher, mask = weight[:, order], fisher[:, order], mask[order]
-            part = fisher.double() * weight.double().square()
+                weight, single, mask = weight[:, order], single[:, order], mask[order]
+            part = single.double() * weight.double().square()
             part *= mask / part.sum(0).clamp(min=1e-300)
             table.cost[self._pruned] = tile_sums(part, table.tile) / 2
         return table

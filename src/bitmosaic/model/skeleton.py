@@ -57,7 +57,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         quantized = facts.get("quantization_config") or (facts.get("text_config") or {}).get(
             "quantization_config"
         )
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file}: the configuration must be a JSON object, but it is corrupted. "
             "Download or save the model again."
@@ -75,6 +75,11 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{file}: model_type must be one that the installed transformers knows, not {kind!r}. "
             "Install a newer transformers, or convert the model to a native architecture."
         ) from error
+    except Exception as error:  # transformers checks fields by errors of its own, no ValueErrors
+        raise ValueError(
+            f"{file}: every field must have a value that transformers takes, but "
+            f"{' '.join(str(error).split())}. Download or save the model again."
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise _not_causal(path, facts.get("architectures") or [kind])
     return config
@@ -87,6 +92,24 @@ def _not_causal(path: Path, found: object) -> ValueError:
     )
 
 
+def check_size(config: PreTrainedConfig, path: Path, tensors: int, side: int) -> None:
+    """Refuse a configuration whose model is far larger than its files, before it is built.
+
+    `tensors` counts the stored tensors, `side` is the longest side of any of them.
+    """
+    facts = config.get_text_config()
+    limits = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), tensors)
+    limits |= dict.fromkeys(("hidden_size", "head_dim", "n_embd", "rotary_dim"), side)
+    limits |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), side)
+    for key, limit in limits.items():
+        value = getattr(facts, key, None)
+        if isinstance(value, int) and value > limit:
+            raise ValueError(
+                f"{path / 'config.json'}: {key} must be at most {limit}, as the weights are, not "
+                f"{value}. config.json belongs to another model, or is damaged."
+            )
+
+
 def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
     """Build the model without memory for parameters.
 
@@ -96,7 +119,13 @@ def build_skeleton(config: PreTrainedConfig, path: Path) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config.use_cache = False
     with init_empty_weights(include_buffers=False), no_init_weights(), _plain_default_dtype():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # whatever a constructor raises at numbers that make no sense
+            raise ValueError(
+                f"{path / 'config.json'} must describe a model that can be built, which it does "
+                f"not ({type(error).__name__}). Download or save the model again."
+            ) from error
     model.tie_weights()
     base = getattr(model, model.base_model_prefix, model)
     known = {type(model).__name__, type(base).__name__}

@@ -22,7 +22,13 @@ from transformers.core_model_loading import (
 )
 
 from bitmosaic.model.experts import linears, normalise
-from bitmosaic.model.skeleton import build_skeleton, find_blocks, read_config, resolve
+from bitmosaic.model.skeleton import (
+    build_skeleton,
+    check_size,
+    find_blocks,
+    read_config,
+    resolve,
+)
 from bitmosaic.model.tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ class Source:
         self.path = resolve(path_or_id)
         self.config = read_config(self.path)
         self.files = TensorFiles(self.path)
+        check_size(self.config, self.path, len(self.files.entries), self.files.largest_side)
         self.skeleton = build_skeleton(self.config, self.path)
         self.block_names = find_blocks(self.skeleton, self.path)
         recipes = _plan(self.skeleton, self.files)

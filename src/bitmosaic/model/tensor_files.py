@@ -18,6 +18,7 @@ from torch import Tensor
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_LARGEST = 2.0**120  # of matrices: no model's, and float32 has room to round it and to learn grids
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format itself
 _DTYPES = {
     "F64": torch.float64,
@@ -70,10 +71,15 @@ class TensorFiles:
                     "does not hold it. Download or save the checkpoint again."
                 )
 
+    @property
+    def largest_side(self) -> int:
+        """The longest side of any tensor."""
+        return max((side for entry in self.entries.values() for side in entry.shape), default=0)
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read one tensor and cast it to `dtype` if it is floating.
 
-        NaN or infinite values raise ValueError naming the tensor.
+        NaN, infinite values and matrices beyond float32's use raise ValueError naming the tensor.
         """
         entry = self.entries[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
@@ -103,7 +109,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {name: _entry(path, 8 + length, name, facts) for name, facts in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(UnicodeDecodeError, json.JSONDecodeError, RecursionError),
+        *(KeyError, TypeError, AttributeError),
+    ) as error:
         raise ValueError(
             f"{path}: the safetensors header must be JSON that describes tensors, but it is "
             f"corrupted ({type(error).__name__}). Download or save the file again."
@@ -216,6 +225,12 @@ def _refuse_non_finite(tensor: Tensor, name: str, path: Path) -> None:
         return
     low, high = torch.aminmax(tensor)
     if torch.isfinite(low) and torch.isfinite(high):
+        largest = max(-float(low), float(high))
+        if tensor.dim() in (2, 3) and largest > _LARGEST:
+            raise ValueError(
+                f"{name}: weights must be at most {_LARGEST:g} in magnitude, but one in "
+                f"{path.name} is {largest:g}. The checkpoint is damaged; download or save it again."
+            )
         return
     count = int((~torch.isfinite(tensor)).sum())
     raise ValueError(

@@ -34,6 +34,7 @@ from bitmosaic.pipeline.common import (
     tokens_digest,
     warn_unreached,
 )
+from bitmosaic.pipeline.places import exclusive
 from bitmosaic.statistics import Statistic
 from bitmosaic.statistics.activation import ActivationNorms
 
@@ -161,18 +162,19 @@ def calibrate(
         "blocks": len(source.block_names),
         "text": text,
     }
-    claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
-    kinds = _by_kind(names)
-    last = {kind: _unfinished(directory, len(source.block_names), kind) for kind in kinds}
-    if max(last.values(), default=-1) >= 0:
-        with Sweep(source, tokens, memory_cap=memory_cap, directory=directory) as sweep:
-            if KINDS["gradient"] in kinds:
-                _sweep(source, sweep, directory, kinds, last[KINDS["gradient"]], track)
-            else:
-                sweep.embed()
-                _forward(source, sweep, directory, kinds, sweep.block_count, track)
-    (directory / _GRADIENTS).unlink(missing_ok=True)
-    return Statistics.open(directory)
+    with exclusive(directory):
+        claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
+        kinds = _by_kind(names)
+        last = {kind: _unfinished(directory, len(source.block_names), kind) for kind in kinds}
+        if max(last.values(), default=-1) >= 0:
+            with Sweep(source, tokens, memory_cap=memory_cap, directory=directory) as sweep:
+                if KINDS["gradient"] in kinds:
+                    _sweep(source, sweep, directory, kinds, last[KINDS["gradient"]], track)
+                else:
+                    sweep.embed()
+                    _forward(source, sweep, directory, kinds, sweep.block_count, track)
+        (directory / _GRADIENTS).unlink(missing_ok=True)
+        return Statistics.open(directory)
 
 
 def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 import bitmosaic
-from bitmosaic import checkpoint
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
@@ -34,6 +34,7 @@ from bitmosaic.pipeline.common import (
 )
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
+from bitmosaic.pipeline.places import FINISHED, clear_published, empty, exclusive, publish, retract
 
 RUN = "run.json"
 ALLOCATION = "allocation.safetensors"
@@ -94,8 +95,40 @@ def quantize(
     if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
-    work = _prepare_directories(output, options.overwrite, identity)
-    claim(work, RUN, identity, "Use --overwrite to start again.")
+    work = work_directory(output)
+    clear_published(output, work)
+    check_output(output, options.overwrite)
+    with exclusive(work):
+        _prepare(output, work, options.overwrite, identity)
+        return _run(
+            source,
+            method,
+            budget,
+            plan,
+            work,
+            output,
+            tokens,
+            allocation,
+            statistics_directory,
+            options,
+            track,
+        )
+
+
+def _run(
+    source: Source,
+    method: Method,
+    budget: Budget | None,
+    plan: OutputPlan,
+    work: Path,
+    output: Path,
+    tokens: Tensor | None,
+    allocation: Allocation | None,
+    statistics_directory: Path | None,
+    options: QuantizeOptions,
+    track: Track,
+) -> dict[str, Any]:
+    """Do what of the stages is still to be done in the work directory, and publish."""
     needed = needed_statistics(method, allocation)
     if allocation is None and (work / ALLOCATION).is_file():
         allocation = Allocation.load(work / ALLOCATION)
@@ -118,22 +151,12 @@ def quantize(
     packer = Packer(plan, method, allocation, work, tokens, options.memory_cap, measured)
     packer.run(track)
     facts = _facts(source, method, budget, allocation, tokens, options)
-    finished = work / "finished"
+    finished = work / FINISHED
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir()
     total = assemble(plan, allocation, packer.index(), finished, facts)
-    _publish(finished, output, work)
+    publish(output, work)
     return {**facts, "bytes": total}
-
-
-def _publish(finished: Path, output: Path, work: Path) -> None:
-    """Put a finished directory in the place of the output, and drop the work directory."""
-    if output.exists():  # moved aside first: a half-deleted one would be no model directory
-        shutil.rmtree(work / "replaced", ignore_errors=True)
-        output.replace(work / "replaced")
-    finished.replace(output)
-    checkpoint.sync_directory(output.parent)
-    shutil.rmtree(work)
 
 
 def _check_request(
@@ -204,13 +227,18 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def _prepare_directories(output: Path, overwrite: bool, identity: Mapping[str, Any]) -> Path:
-    check_output(output, overwrite)
-    work = work_directory(output)
+def _prepare(output: Path, work: Path, overwrite: bool, identity: Mapping[str, Any]) -> None:
+    """Make the work directory this run's, or refuse; only this process is in it."""
+    try:
+        check_output(output, overwrite)  # once more: another process may have just finished it
+    except FileExistsError:
+        with suppress(OSError):  # not empty: an unfinished run of before, which stays
+            work.rmdir()
+        raise
     if overwrite and (work / RUN).is_file() and read_json(work / RUN) != identity:
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+        empty(work)
+    claim(work, RUN, identity, "Use --overwrite to start again.")
+    retract(work)
 
 
 def _identity(
