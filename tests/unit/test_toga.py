@@ -70,7 +70,8 @@ def with_masks(view: BlockView) -> BlockView:
         name: (fisher.double() * view.weights[name].double().square()).sum(0).float()
         for name, fisher in view.fisher.items()
     }
-    return replace(view, mask_fisher=masks)
+    pivots = {name: each.rms.square() / 2 for name, each in view.activation.items()}
+    return replace(view, mask_fisher=masks, pivots=pivots)
 
 
 def plan(method: Toga, view: BlockView, share: float) -> dict[str, LayerAllocation]:
@@ -166,6 +167,7 @@ def test_the_order_in_which_in_channels_come_does_not_matter_within_groups() -> 
         weights={"a": view.weights["a"][:, moved]},
         fisher={"a": view.fisher["a"][:, moved]},
         activation={"a": ActivationNorms(*[view.activation["a"].rms[moved]] * 3)},
+        pivots={"a": view.pivots["a"][moved]},
     )
     first, second = (toga().score(each).tables[0] for each in (view, shuffled))
     assert torch.equal(first.cost, second.cost)
@@ -480,10 +482,32 @@ def test_a_wrong_choice_is_refused_before_any_work(choices: dict[str, Any], word
         Toga(**choices)
 
 
-def test_scores_serve_every_base_and_shared_bands_alike() -> None:
-    other = Toga(shared=True, base="nearest", act_order=True, low_first=False)
+def test_scores_serve_shared_bands_and_searches_alike() -> None:
+    other = Toga(shared=True, act_order=True, low_first=False, search="learned", steps=7, lr=1.0)
     assert other.score_parameters() == Toga().score_parameters()
     assert Toga(reorder="none").score_parameters() != Toga().score_parameters()
+    # What compensation leaves of errors is in the prices.
+    assert Toga(base="nearest").score_parameters() != Toga().score_parameters()
+
+
+def test_compensated_errors_cost_what_pivots_leave_of_them() -> None:
+    view, names = block(), ("pruned", "int1-g16-sym", "int2-g16", "int4-g16")
+    compensated, plain = (
+        {
+            table.name: table
+            for table in toga(formats=names, reorder="none", base=base).score(view).tables
+        }
+        for base in ("gptq", "nearest")
+    )
+    for name, table in compensated.items():
+        # The pivots here are half of the mean squares; pruned tiles and those of 1 bit are not
+        # discounted.
+        share = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64)[:, None, None]
+        expected = (plain[name].cost * share).nan_to_num(posinf=torch.inf)
+        single = torch.finfo(torch.float32).eps
+        assert torch.equal(table.cost.isinf(), expected.isinf())
+        known = ~expected.isinf()
+        assert bool(((table.cost - expected).abs()[known] <= 8 * single * expected[known]).all())
 
 
 def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
