@@ -48,6 +48,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("BITMOSAIC_SHARED", ROOT.parent / "shared"))
 BITS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0)
 
+ONE_TO_FOUR = ("int1-g128-sym", "int2-g128", "int3-g128", "int4-g128")
+TILES = {"tile_out": 128, "widths": True}
 PER_CHANNEL = tuple(f"int{bits}" for bits in range(2, 9))
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -128,7 +130,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nearest": {"base": "nearest"},
         "w1.6": {"formats": ("w1.6",)},
         "w3.2": {"formats": ("w3.2",)},
-        "one_to_four": {"formats": ("int1-g128-sym", "int2-g128", "int3-g128", "int4-g128")},
+        "one_to_four": {"formats": ONE_TO_FOUR},
         "pruned": {"formats": ("pruned", "int2-g128", "int3-g128", "int4-g128")},
         "shared": {"shared": True},
         "unsorted": {"reorder": "none"},
@@ -136,6 +138,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "by_tiles": {"act_order": False},
         "one_sweep": {"low_first": False},
         "tile_in_64": {"tile_in": 64},
+        # Widths, tiles and bits under one budget, and its rival: prune, then one width for all.
+        "joint": {"formats": ("pruned", *ONE_TO_FOUR), **TILES},
+        "joint_learned": {"formats": ("pruned", *ONE_TO_FOUR), **TILES, "search": "learned"},
+        "prune_then_2": {"formats": ("pruned", "int2-g128"), **TILES},
+        "prune_then_3": {"formats": ("pruned", "int3-g128"), **TILES},
+        "prune_then_4": {"formats": ("pruned", "int4-g128"), **TILES},
+        "prune_alone": {"formats": ("pruned", "int8-g128"), **TILES},
+        "learned": {"search": "learned"},
+        "one_to_four_learned": {"formats": ONE_TO_FOUR, "search": "learned"},
     },
 }
 """Methods and their modes.  `default` or `improved` is what a user gets, `paper` what was published
