@@ -182,6 +182,13 @@ class Toga(RoundedMethod):
                 self.search,
                 "Set mode=weight-only, or search=fisher.",
             )
+            require(
+                len(self.formats) > 1,
+                "formats",
+                "two or more where masks are learned",
+                self.formats,
+                "Add one, or leave search=learned out.",
+            )
             check_learning(self.learning)
 
     @property
