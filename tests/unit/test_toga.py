@@ -21,6 +21,7 @@ from bitmosaic.allocation import (
     solve,
     uniform,
 )
+from bitmosaic.api.requests import make_method
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.methods.base import BlockView, LayerStatistics
 from bitmosaic.methods.gptq import Gptq
@@ -486,6 +487,15 @@ def test_presets_are_sets_of_formats() -> None:
 def test_a_wrong_choice_is_refused_before_any_work(choices: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Toga(**choices)
+
+
+def test_tiles_of_all_rows_or_some_can_be_asked_for_in_text() -> None:
+    asked = {"tile_out": "64", "tile_in": "64", "widths": "true", "steps": "7"}
+    made = make_method("toga", asked)
+    assert (made.tile_out, made.tile_in, made.widths, made.steps) == (64, 64, True, 7)
+    assert make_method("toga", {"tile_out": "none"}).tile_out is None
+    with pytest.raises(ValueError, match="tile_out of method toga must be a whole number or none"):
+        make_method("toga", {"tile_out": "wide"})
 
 
 def test_scores_serve_shared_bands_and_searches_alike() -> None:

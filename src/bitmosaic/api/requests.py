@@ -75,6 +75,7 @@ def typed(thing: str, value: Any, hint: Any) -> Any:
         bool: _read_bool,
         int: _read_int,
         float: _read_float,
+        int | None: _read_optional_int,
         float | None: _read_optional,
         str: _read_str,
     }
@@ -82,6 +83,7 @@ def typed(thing: str, value: Any, hint: Any) -> Any:
         bool: "true or false",
         int: "a whole number",
         float: "a number",
+        int | None: "a whole number or none",
         float | None: "a number or none",
         str: "text",
     }
@@ -113,6 +115,10 @@ def _read_float(value: Any) -> float:
 
 def _read_optional(value: Any) -> float | None:
     return None if value is None or value == "none" else _read_float(value)
+
+
+def _read_optional_int(value: Any) -> int | None:
+    return None if value is None or value == "none" else _read_int(value)
 
 
 def _read_str(value: Any) -> str:
