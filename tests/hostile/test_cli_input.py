@@ -303,6 +303,18 @@ def test_a_disk_that_fills_up(
     assert failures > 5
     assert same_tensors(output, packed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stats"]
+    statistics = [path.name for path in (tmp_path / "stats").iterdir()]
+    assert sorted(statistics) == sorted(path.name for path in (kit / "statistics").iterdir())
+
+
+def test_gradients_left_by_a_kill_at_the_end_of_calibration(
+    kit: Path, packed: Path, tmp_path: Path
+) -> None:
+    left = Path(shutil.copytree(kit / "statistics", tmp_path / "stats")) / "gradients.safetensors"
+    left.write_bytes(b"of the run that was killed")
+    succeeded(run(*quantize(kit, tmp_path / "out", "--statistics", tmp_path / "stats")))
+    assert not left.exists()
+    assert same_tensors(tmp_path / "out", packed)
 
 
 class Full:

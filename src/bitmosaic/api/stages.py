@@ -18,7 +18,7 @@ from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
 from bitmosaic.pipeline.allocate import check_budget
-from bitmosaic.pipeline.calibrate import MANIFEST
+from bitmosaic.pipeline.calibrate import MANIFEST, clear_gradients
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
@@ -301,6 +301,7 @@ def _statistics_for(
     if not _is_finished(directory):
         assert text is not None
         _measure(source, directory, text, track)
+    clear_gradients(directory)
     manifest: dict[str, Any] = read_json(directory / MANIFEST)
     return manifest.get("text")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,12 @@ def calibrate(
         return Statistics.open(directory)
 
 
+def clear_gradients(directory: Path) -> None:
+    """Remove from finished statistics what a kill at their end left of the way there."""
+    with suppress(OSError):  # of a directory that is only to be read: it does no harm
+        (directory / _GRADIENTS).unlink(missing_ok=True)
+
+
 def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     """Sort statistics by the file that they go to."""
     kinds: dict[str, list[str]] = {}
@@ -261,7 +268,8 @@ def _sweep(
         if KINDS["input"] not in kinds:  # else it was said when its inputs were measured
             warn_unreached(source.block_names[index], unreached)
         checkpoint.write_tensors(block_file(directory, index), measured)
-        checkpoint.write_tensors(saved, sweep.gradients)
+        if index:  # what goes on from the first block is no block's
+            checkpoint.write_tensors(saved, sweep.gradients)
 
 
 class _Backward:
