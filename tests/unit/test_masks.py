@@ -51,6 +51,7 @@ def brute_nested(values: Tensor, sizes: Tensor) -> Tensor:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-8, 8), min_size=1, max_size=5), st.data())
 def test_nested_is_the_pooling_of_what_rises(values: list[int], data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=len(values), max_size=len(values)))
