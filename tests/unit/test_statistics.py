@@ -298,7 +298,8 @@ class TestStatistics:
         assert statistic.value().abs().max() == 0
 
     def test_names_are_the_files(self):
-        known = ("activation", "fisher", "hessian", "input_amax", "input_fisher", "pivots")
+        inputs = ("input_amax", "input_fisher")
+        known = ("activation", "fisher", "hessian", *inputs, "mask_fisher", "pivots")
         assert names() == known
         with pytest.raises(ValueError, match=f"one of {', '.join(known)}, not 'x'"):
             get("x")

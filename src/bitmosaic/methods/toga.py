@@ -239,7 +239,7 @@ class Toga(RoundedMethod):
         """The hyper-parameters of the one-pass scores: those of the search come later."""
         late = {"search", "masks", *(each.name for each in fields(Learning))}
         found = {key: each for key, each in super().score_parameters().items() if key not in late}
-        return found | {"compensates": self.base == "gptq"}
+        return found | {"base": self.base}  # what compensation leaves of errors is in the prices
 
     def stored_orders(self, structure: Structure) -> dict[str, tuple[bool, bool]]:
         """Every order is stored but for those that an MLP's inner channels take on for free."""
