@@ -23,7 +23,7 @@ from jaxtyping import Float32, Int8, UInt8
 from torch import Tensor
 
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.tiling import pack_planes, unpack_planes
+from bitmosaic.tiling import map_bits, pack_planes, unpack_planes
 
 SMALLEST = 2.0**-100
 """A band whose largest magnitude is below this is taken for zeros: L / a stays finite."""
@@ -59,7 +59,7 @@ class BandRule:
         """Write the rule as the bytes of `activation_rule` (docs/format-spec.md, section 9.3.2)."""
         head = torch.tensor([self.tile], dtype=torch.int32).view(torch.uint8)
         return torch.cat(
-            [head, pack_planes(self.bands[None], _map_bits(len(self.formats))).flatten()]
+            [head, pack_planes(self.bands[None], map_bits(len(self.formats))).flatten()]
         )
 
     @classmethod
@@ -68,7 +68,7 @@ class BandRule:
     ) -> BandRule:
         """Read what `stored` wrote of `width` in_channels, after `band_fault` found no fault."""
         tile = _tile(stored)
-        tiles, bits = -(-width // tile), _map_bits(len(formats))
+        tiles, bits = -(-width // tile), map_bits(len(formats))
         bands = unpack_planes(stored[4:].view(1, bits, packed_bytes(tiles)), tiles)[0]
         return cls(formats, tile, bands)
 
@@ -151,9 +151,5 @@ def _tile(stored: Tensor) -> int:
     return int(stored[:4].clone().view(torch.int32)) & 0xFFFFFFFF
 
 
-def _map_bits(formats: int) -> int:
-    return (formats - 1).bit_length()
-
-
 def _size(formats: int, tiles: int) -> int:
-    return 4 + _map_bits(formats) * packed_bytes(tiles)
+    return 4 + map_bits(formats) * packed_bytes(tiles)

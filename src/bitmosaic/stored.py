@@ -11,7 +11,7 @@ from torch import Tensor
 from bitmosaic.formats import SCALE_DTYPES, Format, Parameters
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_bytes
-from bitmosaic.tiling import Section, pack_planes, sections, unpack_planes
+from bitmosaic.tiling import Section, map_bits, pack_planes, sections, unpack_planes
 
 PACKED = ("codes", "scales", "zero_points", "grids")
 """Arrays that hold all tiles, section by section."""
@@ -21,11 +21,6 @@ OUTLIER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.f
 RESIDUAL = "int8"
 """Outliers stored as int8 residuals with gaps, in `outlier_stream`."""
 OUTLIER_FORMATS = (*OUTLIER_DTYPES, RESIDUAL)
-
-
-def map_bits(count: int) -> int:
-    """Bits of a tile map entry among `count` formats."""
-    return max(0, count - 1).bit_length()
 
 
 def index_dtype(limit: int) -> torch.dtype:

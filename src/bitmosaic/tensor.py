@@ -24,10 +24,9 @@ from bitmosaic.stored import (
     RESIDUAL,
     ArraysReader,
     ArraysWriter,
-    map_bits,
     store_indices,
 )
-from bitmosaic.tiling import Section, grid_shape, pack_planes, sections, unpack_planes
+from bitmosaic.tiling import Section, grid_shape, map_bits, pack_planes, sections, unpack_planes
 
 ARRAYS = (
     "codes",

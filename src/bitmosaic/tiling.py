@@ -119,6 +119,11 @@ class Section:
         )
 
 
+def map_bits(count: int) -> int:
+    """Bits of a tile map entry among `count` formats."""
+    return max(0, count - 1).bit_length()
+
+
 def grid_shape(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
     """Count tile rows and tile columns, short ones included."""
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])

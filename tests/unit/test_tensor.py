@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from bitmosaic import checkpoint, formats
 from bitmosaic.rounding import encode_nearest, nearest
-from bitmosaic.stored import map_bits, store_indices
+from bitmosaic.stored import store_indices
 from bitmosaic.tensor import QuantizedTensor, drop_unused, invert, pack, permute
+from bitmosaic.tiling import map_bits
 from golden.independent_reader import decode
 from strategies import SEEDS, example_names, few, layers, random_layer, weights
 

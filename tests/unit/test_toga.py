@@ -476,12 +476,12 @@ def test_presets_are_sets_of_formats() -> None:
         ({"reorder": "folded"}, "reorder must be one of gain, none, not 'folded'"),
         ({"tile_in": 0}, "tile_in must be at least 1, not 0"),
         ({"base": "up"}, "base must be one of"),
-        ({"search": "learned", "formats": ("int2-g128",)}, "two or more where masks are learned"),
+        ({"search": "learned", "formats": ("int2-g128",)}, "two or more to learn masks of"),
         ({"search": "annealed"}, "search must be one of fisher, learned"),
         ({"search": "learned", "steps": 0}, "steps must be positive"),
-        ({"search": "learned", "formats": ("w4a4",)}, "search must be fisher where activations"),
+        ({"search": "learned", "formats": ("w4a4",)}, "mode must be weight-only where tile_out"),
         ({"widths": True}, "tile_out must be tile_in, and reorder gain"),
-        ({"tile_out": 128, "formats": ("w4a4",)}, "tile_out must be left out where activations"),
+        ({"tile_out": 128, "formats": ("w4a4",)}, "mode must be weight-only where tile_out"),
     ],
 )
 def test_a_wrong_choice_is_refused_before_any_work(choices: dict[str, Any], words: str) -> None:

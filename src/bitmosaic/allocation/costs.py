@@ -14,9 +14,9 @@ from bitmosaic.activations import Rule
 from bitmosaic.allocation.budget import BudgetError
 from bitmosaic.allocation.plan import LayerAllocation, uniform
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.stored import map_bits, outlier_bytes, permutation_bytes
+from bitmosaic.stored import outlier_bytes, permutation_bytes
 from bitmosaic.tensor import drop_unused
-from bitmosaic.tiling import tile_sizes
+from bitmosaic.tiling import map_bits, tile_sizes
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Learning:
         temperature: of the sigmoid that stands for a mask in the backward pass.
         noise: size of the logistic noise on logits, the difference of two Gumbel variables.
         constraint: one of CONSTRAINTS.
-        parameters: one of PARAMETERS.
+        masks: one of PARAMETERS: logits of their own, or those of one network.
         loss: ``kl`` from the original model, or ``ce``, the cross-entropy of the next token.
         seed: of noise, batches and hypernetwork.
     """
@@ -56,29 +56,27 @@ class Learning:
     temperature: float = 0.4
     noise: float = 1.0
     constraint: str = "projected"
-    parameters: str = "logits"
+    masks: str = "logits"
     loss: str = "kl"
     seed: int = 0
 
-
-def check_learning(learning: Learning | None) -> None:
-    """Refuse settings that cannot be meant, with one sentence each."""
-    assert learning is not None
-    for name in ("steps", "batch", "lr", "temperature"):
-        if not getattr(learning, name) > 0:
-            raise ValueError(
-                f"{name} must be positive, not {getattr(learning, name)!r}. "
-                f"Leave it out for {getattr(Learning(), name)}."
-            )
-    if not 0 <= learning.noise < math.inf:
-        raise ValueError(f"noise must be 0 or more, not {learning.noise!r}. Leave it out for 1.0.")
-    for name, known in (("constraint", CONSTRAINTS), ("parameters", PARAMETERS), ("loss", LOSSES)):
-        if getattr(learning, name) not in known:
-            called = "masks" if name == "parameters" else name
-            raise ValueError(
-                f"{called} must be one of {', '.join(known)}, not {getattr(learning, name)!r}. "
-                "Choose one of them."
-            )
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant, with one sentence each."""
+        for name in ("steps", "batch", "lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name} must be positive, not {getattr(self, name)!r}. "
+                    f"Leave it out for {getattr(Learning, name)}."
+                )
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be 0 or more, not {self.noise!r}. Leave it out for 1.0.")
+        choices = (("constraint", CONSTRAINTS), ("masks", PARAMETERS), ("loss", LOSSES))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}. "
+                    "Choose one of them."
+                )
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ class Learner:
         steps = start.shape[0]
         sizes = [steps * count for count in masks] + [choices.widths] * (choices.widths > 0)
         self._masks = tuple(masks)
-        free = learning.parameters == "logits"
+        free = learning.masks == "logits"
         self.network: nn.Module = (
             FreeLogits(sizes) if free else HyperNetwork(sizes, self._generator)
         )

@@ -44,18 +44,36 @@ class Width:
     prices: Float64[Tensor, " tiles"]
 
 
+def priced(
+    names: tuple[str, tuple[str, ...]],
+    tables: Mapping[str, TileCosts],
+    order: Int[Tensor, " channels"],
+    worth: Float64[Tensor, " channels"],
+) -> tuple[Width, dict[str, TileCosts], Int[Tensor, " channels"]]:
+    """Price the width between a consumer and its producers, and sort it as `by_price` does.
+
+    `worth` is the loss of giving up each channel, in the model's order; `order` is that of the
+    tables.
+    """
+    consumer, producers = names
+    tiles = [part.sum() for part in worth[order].split(tables[consumer].tile[1])]
+    prices = critical_prices(consumer, producers, tables, torch.stack(tiles))
+    return by_price(Width(consumer, producers, prices), tables, order)
+
+
 def critical_prices(
-    width: Width, tables: Mapping[str, TileCosts], worth: Float64[Tensor, " tiles"]
+    consumer: str,
+    producers: Sequence[str],
+    tables: Mapping[str, TileCosts],
+    worth: Float64[Tensor, " tiles"],
 ) -> Float64[Tensor, " tiles"]:
     """Return the price of each tile of a width, from the loss of giving it up."""
-    costs, sizes = [], []
-    for name in (width.consumer, *width.producers):
-        cost, size = tables[name].cost, tables[name].bytes().double()
-        if name == width.consumer:
-            cost, size = cost.transpose(1, 2), size.transpose(1, 2)
-        costs.append(cost)
-        sizes.append(size)
-    cost, size = torch.cat(costs, 2), torch.cat(sizes, 2)
+    costs = [tables[consumer].cost.transpose(1, 2), *(tables[name].cost for name in producers)]
+    sizes = [
+        tables[consumer].bytes().transpose(1, 2),
+        *(tables[name].bytes() for name in producers),
+    ]
+    cost, size = torch.cat(costs, 2), torch.cat(sizes, 2).double()
     low, high = (torch.full(worth.shape, end, dtype=torch.float64) for end in (_LEAST, _MOST))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

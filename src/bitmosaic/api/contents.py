@@ -14,9 +14,8 @@ from torch import Tensor
 from bitmosaic import checkpoint, formats
 from bitmosaic.checkpoint import Entry, PackedCheckpoint
 from bitmosaic.formats.base import packed_bytes
-from bitmosaic.stored import map_bits
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
-from bitmosaic.tiling import grid_shape, sections
+from bitmosaic.tiling import grid_shape, map_bits, sections
 
 RECIPE_KEYS = (
     "method",

@@ -12,9 +12,9 @@ from bitmosaic import formats
 from bitmosaic.activations import CHOICES, are_offered, rule_fault
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.residuals import stream_fault
-from bitmosaic.stored import OUTLIER_DTYPES, OUTLIER_FORMATS, RESIDUAL, map_bits
+from bitmosaic.stored import OUTLIER_DTYPES, OUTLIER_FORMATS, RESIDUAL
 from bitmosaic.tensor import ARRAYS, QuantizedTensor
-from bitmosaic.tiling import Section, grid_shape, sections
+from bitmosaic.tiling import Section, grid_shape, map_bits, sections
 
 OUTLIER_ARRAYS = ("outlier_values", "outlier_columns", "outlier_counts")
 

@@ -18,8 +18,9 @@ from bitmosaic.formats import Format
 from bitmosaic.formats.base import packed_bytes
 from bitmosaic.formats.nvfp import GROUP as TILE
 from bitmosaic.formats.nvfp import MAGNITUDES
-from bitmosaic.stored import map_bits, predict_bytes
+from bitmosaic.stored import predict_bytes
 from bitmosaic.tensor import QuantizedTensor, drop_unused
+from bitmosaic.tiling import map_bits
 
 _E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
 

@@ -120,6 +120,11 @@ class Method:
         return ()
 
     @property
+    def chooses_alike(self) -> bool:
+        """Whether the matrices that `BlockScores.linked` names have their formats in common."""
+        return False
+
+    @property
     def narrows(self) -> bool:
         """Whether matrices may become narrower, where the structure of a block allows it."""
         return False
@@ -289,6 +294,19 @@ def tile_costs(
         cost = torch.stack([sums / step**2 for step in steps])
     table = TileCosts(name, shape, cut, names, cost, in_permutation, out_permutation)
     return table, sums
+
+
+def mask_costs(
+    weight: Tensor, fisher: Tensor, mask: Tensor, tile: tuple[int, int], order: Tensor | None
+) -> Tensor:
+    """Estimate the loss of pruning each tile, [tiles_out, tiles_in].
+
+    Half the Fisher information of each in_channel's `mask`, shared out among the rows by what their
+    weights are worth one by one.
+    """
+    part = fisher.double() * weight.double().square()
+    part *= mask / part.sum(0).clamp(min=1e-300)
+    return tile_sums(_reorder(part, None, order), tile) / 2
 
 
 def check_formats(names: tuple[str, ...], score: str) -> None:

@@ -39,18 +39,18 @@ from bitmosaic.allocation import (
     by_gain,
     widest_rule,
 )
-from bitmosaic.allocation.masks import Learning, check_learning
-from bitmosaic.allocation.widths import Width, by_price, critical_prices, solve_widths
+from bitmosaic.allocation.masks import Learning
+from bitmosaic.allocation.widths import priced, solve_widths
 from bitmosaic.methods.base import (
     BlockScores,
     BlockView,
     LayerStatistics,
     RoundedMethod,
     check_formats,
+    mask_costs,
     require,
     require_one_of,
     tile_costs,
-    tile_sums,
 )
 from bitmosaic.model.structure import Structure
 from bitmosaic.tensor import QuantizedTensor
@@ -74,7 +74,7 @@ SEARCHES = ("fisher", "learned")
 
 
 @dataclass(frozen=True)
-class Toga(RoundedMethod):
+class Toga(RoundedMethod, Learning):
     """TOGA's bands for weights, from one backward pass.
 
     Attributes:
@@ -98,16 +98,7 @@ class Toga(RoundedMethod):
         tile_out: rows of a tile; all of them where it is left out, which makes bands.
         widths: whether inner channels of MLPs may go, so that stored matrices are narrower.
         search: ``fisher`` decides by one backward pass; ``learned`` goes on from there and learns
-            masks against the loss of the whole model, which the next eight fields are about.
-        steps: how many steps of the search.
-        batch: calibration sequences of a step.
-        lr: learning rate of AdamW.
-        temperature: of the sigmoid that stands for a mask in the backward pass.
-        noise: size of the logistic noise on the masks' logits.
-        constraint: how the budget is held: ``projected`` or ``penalty`` (allocation/masks.py).
-        masks: ``logits`` of their own, or those of a ``hypernetwork``.
-        loss: ``kl`` from the original model, or ``ce``, the cross-entropy of the next token.
-        seed: of noise, batches and hypernetwork.
+            masks against the loss of the whole model, by the fields of `Learning`.
     """
 
     name: ClassVar[str] = "toga"
@@ -121,44 +112,25 @@ class Toga(RoundedMethod):
     tile_out: int | None = None
     widths: bool = False
     search: str = "fisher"
-    steps: int = 100
-    batch: int = 4
-    lr: float = 0.1
-    temperature: float = 0.4
-    noise: float = 1.0
-    constraint: str = "projected"
-    masks: str = "logits"
-    loss: str = "kl"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the parameters before any work."""
         super().__post_init__()
+        Learning.__post_init__(self)
         if self.formats[:1] in [(name,) for name in ROUNDING_PRESETS]:
             object.__setattr__(self, "mode", "weight+activation")
         if len(self.formats) == 1 and self.formats[0] in PRESETS:
             object.__setattr__(self, "formats", PRESETS[self.formats[0]])
         check_formats(self.formats, "fisher_error")
-        require(
-            any(formats.get(name).bits for name in self.formats),
-            "formats",
-            "more than pruned",
-            self.formats,
-            "Add int1-g128-sym.",
-        )
+        kept = len(self.formats) - len(self._pruned)
+        require(kept > 0, "formats", "more than pruned", self.formats, "Add int1-g128-sym.")
         require_one_of("reorder", self.reorder, REORDERS)
         require_one_of("mode", self.mode, MODES)
         if self.rounds_inputs:
             band_formats(self.formats)  # refuses what activations cannot have
             object.__setattr__(self, "shared", True)
-        require(self.tile_in >= 1, "tile_in", "at least 1", self.tile_in, "Use 128.")
-        require(
-            self.tile_out is None or self.tile_out >= 1,
-            "tile_out",
-            "at least 1",
-            self.tile_out,
-            "Leave it out for tiles of all rows.",
-        )
+        for name, rows in (("tile_in", self.tile_in), ("tile_out", self.tile_out or 1)):
+            require(rows >= 1, name, "at least 1", rows, "Use 128.")
         require(
             not self.widths or (self.tile_out == self.tile_in and self.reorder == "gain"),
             "tile_out",
@@ -166,30 +138,16 @@ class Toga(RoundedMethod):
             (self.tile_out, self.tile_in, self.reorder),
             "Set tile_out=128, tile_in=128.",
         )
-        require(
-            not self.rounds_inputs or self.tile_out is None,
-            "tile_out",
-            "left out where activations are rounded with the weights",
-            self.tile_out,
-            "Leave it out.",
-        )
         require_one_of("search", self.search, SEARCHES)
-        if self.search == "learned":
-            require(
-                not self.rounds_inputs,
-                "search",
-                "fisher where activations are rounded with the weights",
-                self.search,
-                "Set mode=weight-only, or search=fisher.",
-            )
-            require(
-                len(self.formats) > 1,
-                "formats",
-                "two or more where masks are learned",
-                self.formats,
-                "Add one, or leave search=learned out.",
-            )
-            check_learning(self.learning)
+        require(
+            not self.rounds_inputs or (self.tile_out is None and self.search == "fisher"),
+            "mode",
+            "weight-only where tile_out is set or masks are learned",
+            self.mode,
+            "Leave both out to round activations with the weights.",
+        )
+        several = self.search == "fisher" or len(self.formats) > 1
+        require(several, "formats", "two or more to learn masks of", self.formats, "Add one.")
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -208,17 +166,12 @@ class Toga(RoundedMethod):
         """How the masks are learned, where they are."""
         if self.search == "fisher":
             return None
-        return Learning(
-            self.steps,
-            self.batch,
-            self.lr,
-            self.temperature,
-            self.noise,
-            self.constraint,
-            self.masks,
-            self.loss,
-            self.seed,
-        )
+        return Learning(**{each.name: getattr(self, each.name) for each in fields(Learning)})
+
+    @property
+    def chooses_alike(self) -> bool:
+        """Whether all matrices that read one input have the same bands."""
+        return self.shared
 
     @property
     def narrows(self) -> bool:
@@ -237,7 +190,7 @@ class Toga(RoundedMethod):
 
     def score_parameters(self) -> dict[str, Any]:
         """The hyper-parameters of the one-pass scores: those of the search come later."""
-        late = {"search", "masks", *(each.name for each in fields(Learning))}
+        late = {"search", *(each.name for each in fields(Learning))}
         found = {key: each for key, each in super().score_parameters().items() if key not in late}
         return found | {"base": self.base}  # what compensation leaves of errors is in the prices
 
@@ -245,7 +198,7 @@ class Toga(RoundedMethod):
         """Every order is stored but for those that an MLP's inner channels take on for free."""
         if not self.stores_orders:
             return {}
-        free = _free_consumers(structure)
+        free = {tie.consumer for tie in structure.ties if tie.is_free}
         return {
             name: (name not in free, False) for group in structure.inputs for name in group.linears
         }
@@ -261,7 +214,11 @@ class Toga(RoundedMethod):
     def score(self, block: BlockView) -> BlockScores:
         """Order the in_channels of every input, then price the tiles of its readers."""
         free = {tie.consumer: tie for tie in block.structure.ties if tie.is_free}
-        shrinks = {name for name, tie in free.items() if self.widths and tie.narrows}
+        shrinks = {
+            name
+            for name, tie in free.items()
+            if self.widths and tie.narrows and bool(block.fisher[name].any())
+        }
         tables: dict[str, TileCosts] = {}
         ties: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
@@ -278,11 +235,9 @@ class Toga(RoundedMethod):
             tables |= {table.name: table for table in found}
         widths = []
         for name in sorted(shrinks & ties.keys()):
-            worth = block.mask_fisher[name].double()[ties[name]] / 2
-            sums = torch.stack([part.sum() for part in worth.split(self.tile_in)])
-            width = Width(name, tuple(free[name].producers), sums)
-            width = replace(width, prices=critical_prices(width, tables, sums))
-            width, moved, ties[name] = by_price(width, tables, ties[name])
+            worth = block.mask_fisher[name].double() / 2
+            names = (name, tuple(free[name].producers))
+            width, moved, ties[name] = priced(names, tables, ties[name], worth)
             tables |= moved
             widths.append(width)
         linked = tuple(group.linears for group in block.structure.inputs)
@@ -309,18 +264,15 @@ class Toga(RoundedMethod):
         if self.base != "gptq":
             packed = super().quantize(name, weight, layer, statistics)
             return packed.with_activations(layer.activations)
-        hessian = statistics.hessian
-        assert hessian is not None
-        order = layer.in_permutation
-        stored = hessian if order is None else hessian[order][:, order]
-        bits = _bits(layer)
-        ahead = self.act_order and "int1" not in {name[:4] for name in layer.formats}
-        bands = bits if self.low_first else torch.zeros_like(bits)
-        if not ahead:
-            bands = rounding.tile_turns(bands, stored.diagonal(), layer.tile[1])
-        factor = rounding.factorise(stored, self.damping, act_order=ahead, bands=bands, name=name)
-        return rounding.compensated(
-            weight, layer, hessian, static_groups=ahead, factor=factor, name=name
+        assert statistics.hessian is not None
+        return rounding.banded(
+            weight,
+            layer,
+            statistics.hessian,
+            damping=self.damping,
+            act_order=self.act_order,
+            low_first=self.low_first,
+            name=name,
         ).with_activations(layer.activations)
 
     def _with_rule(self, table: TileCosts) -> TileCosts:
@@ -439,24 +391,8 @@ class Toga(RoundedMethod):
         )
         if self._pruned:
             mask = block.mask_fisher[name].double()
-            if order is not None:
-                weight, single, mask = weight[:, order], single[:, order], mask[order]
-            part = single.double() * weight.double().square()
-            part *= mask / part.sum(0).clamp(min=1e-300)
-            table.cost[self._pruned] = tile_sums(part, table.tile) / 2
+            table.cost[self._pruned] = mask_costs(weight, single, mask, table.tile, order)
         return table
-
-
-def _bits(layer: LayerAllocation) -> Tensor:
-    """Mean bits of each in_channel [in] over its tiles, as stored."""
-    known = torch.tensor([formats.get(name).bits for name in layer.formats], dtype=torch.float64)
-    tiles = known[layer.tile_map.long()].mean(0)
-    return tiles.repeat_interleave(layer.tile[1])[: layer.shape[1]]
-
-
-def _free_consumers(structure: Structure) -> set[str]:
-    """Matrices whose order of in_channels folds into the rows of those before them, for free."""
-    return {tie.consumer for tie in structure.ties if tie.is_free}
 
 
 METHOD = Toga

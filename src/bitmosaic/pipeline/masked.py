@@ -44,8 +44,8 @@ class Problem:
         self.source, self.method, self.scores = source, method, scores
         self.tables = [table for part in scores for table in part.tables]
         self.widths = [width for part in scores for width in part.widths]
-        shared = getattr(method, "shared", False)
-        self.linked = [names for part in scores for names in part.linked] if shared else []
+        alike = scores if method.chooses_alike else ()
+        self.linked = [names for part in alike for names in part.linked]
         self.places, tiles = tile_places(self.tables, self.linked)
         names = self.tables[0].formats
         sizes = [formats.get(name).tile_bytes(128, 128) for name in names]

@@ -28,9 +28,9 @@ from bitmosaic.formats.base import packed_bytes
 from bitmosaic.model.inventory import embedding_modules, plain_entries, tensor_bytes
 from bitmosaic.model.source import Source
 from bitmosaic.residuals import stream_bytes
-from bitmosaic.stored import OUTLIER_DTYPES, RESIDUAL, index_dtype, map_bits
+from bitmosaic.stored import OUTLIER_DTYPES, RESIDUAL, index_dtype
 from bitmosaic.tensor import QuantizedTensor, drop_unused
-from bitmosaic.tiling import sections
+from bitmosaic.tiling import map_bits, sections
 
 SHARD_BYTES = 5 * 10**9
 METADATA = {"format": "pt"}

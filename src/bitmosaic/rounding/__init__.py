@@ -5,8 +5,9 @@ method can combine them; `search_scales` takes the tiles of one.
 """
 
 from bitmosaic.rounding.awq import CLIP_SHRINKS, SCALE_RATIOS, awq_clip, awq_scale
+from bitmosaic.rounding.banded import banded
 from bitmosaic.rounding.compensated import compensated
-from bitmosaic.rounding.factor import Factor, compensation_factor, factorise, tile_turns
+from bitmosaic.rounding.factor import Factor, compensation_factor, factorise
 from bitmosaic.rounding.fp4 import encode_swept, format_gap
 from bitmosaic.rounding.grids import grid_search
 from bitmosaic.rounding.masks import largest, largest_within, sensitivity
@@ -28,6 +29,7 @@ __all__ = [
     "Swept",
     "awq_clip",
     "awq_scale",
+    "banded",
     "channel_errors",
     "compensated",
     "compensation_factor",
@@ -45,5 +47,4 @@ __all__ = [
     "search_scales",
     "sensitivity",
     "tile_errors",
-    "tile_turns",
 ]

@@ -148,13 +148,3 @@ def _factorise(matrix: Float[Tensor, "n n"], squares: Float[Tensor, " n"]) -> bo
         matrix[start:stop, start:stop] = corner / pivots
         matrix[start:stop, :start] = 0
     return True
-
-
-def tile_turns(bands: Tensor, worth: Tensor, width: int) -> Tensor:
-    """Number the tiles by rising band, then by falling mean worth; of each in_channel [in]."""
-    mean = torch.stack([part.double().mean() for part in worth.split(width)])
-    turn = torch.argsort(mean, descending=True, stable=True)
-    turn = turn[torch.argsort(bands[::width][turn], stable=True)]
-    place = torch.empty_like(turn)
-    place[turn] = torch.arange(turn.numel())
-    return place.repeat_interleave(width)[: bands.numel()]
