@@ -98,7 +98,8 @@ class Toga(RoundedMethod, Learning):
         tile_out: rows of a tile; all of them where it is left out, which makes bands.
         widths: whether inner channels of MLPs may go, so that stored matrices are narrower.
         search: ``fisher`` decides by one backward pass; ``learned`` goes on from there and learns
-            masks against the loss of the whole model, by the fields of `Learning`.
+            masks against the loss of the whole model, by the fields of `Learning`; its plans are
+            not the better ones yet (docs/methods/toga.md).
     """
 
     name: ClassVar[str] = "toga"
