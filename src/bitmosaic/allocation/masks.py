@@ -229,6 +229,11 @@ class Learner:
             at += steps * count
         return self._start + torch.cat(parts, 1), self._start_widths + flat[at:]
 
+    @property
+    def start(self) -> tuple[Float[Tensor, "steps tiles"], Float[Tensor, " widths"]]:
+        """Logits that it began with."""
+        return self._start, self._start_widths
+
     def draw(self) -> Drawn:
         """Draw masks."""
         z, widths = self._clean(self.logits())
@@ -334,10 +339,3 @@ class Learner:
         each = self.choices.base + (self.choices.extra * (z > threshold)).sum(0)
         sums = torch.zeros(self.choices.widths + 1, dtype=torch.float64)
         return sums.index_add_(0, self.choices.unit, each)[:-1]
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, without it."""
-    return {
-        name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)
-    }

@@ -120,6 +120,16 @@ class Method:
         return ()
 
     @property
+    def compensation(self) -> float | None:
+        """Damping of the Hessian where rounding compensates columns; None where it does not."""
+        return None
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether activations are rounded at run time."""
+        return False
+
+    @property
     def chooses_alike(self) -> bool:
         """Whether the matrices that `BlockScores.linked` names have their formats in common."""
         return False
@@ -228,6 +238,11 @@ class RoundedMethod(Method):
     def block_statistics(self) -> tuple[str, ...]:
         """Hessian for gptq; Hessian and activation magnitudes for awq."""
         return {"nearest": (), "gptq": ("hessian",), "awq": ("hessian", "activation")}[self.base]
+
+    @property
+    def compensation(self) -> float | None:
+        """That of gptq."""
+        return self.damping if self.base == "gptq" else None
 
     def scale(
         self,

@@ -141,11 +141,11 @@ class Toga(RoundedMethod, Learning):
         )
         require_one_of("search", self.search, SEARCHES)
         require(
-            not self.rounds_inputs or (self.tile_out is None and self.search == "fisher"),
+            not self.rounds_inputs or self.tile_out is None,
             "mode",
-            "weight-only where tile_out is set or masks are learned",
+            "weight-only where tile_out is set",
             self.mode,
-            "Leave both out to round activations with the weights.",
+            "Leave tile_out out to round activations with the weights.",
         )
         several = self.search == "fisher" or len(self.formats) > 1
         require(several, "formats", "two or more to learn masks of", self.formats, "Add one.")

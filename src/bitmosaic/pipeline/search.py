@@ -1,22 +1,17 @@
 """search: learn the masks of a model's tiles and widths against its end-to-end loss.
 
-The model is frozen.  In each step every tile is as its mask has it, rounded to nearest in one of
-its formats; the blocks run forward and backward one by one, as in `calibrate`, and what a mask's
-gradient is follows from that of the weights: with W = Q_0 + sum over steps of m (Q_k+1 - Q_k),
-
-    dL/dm = sum over the tile of dL/dW (Q_k+1 - Q_k)
-    dL/dP = sum over the width's tiles of dL/dW W
-
-for a tile's step and for a width.  A width's rows need not be masked: without its columns they
-reach nothing.  What is learned takes the place of the costs in the same tables, so that solvers and
-budgets are those of one-pass scores.
+The model is frozen.  In each step every tile is as its mask has it, rounded in one of its formats
+as compensation would leave it; the blocks run forward and backward one by one, as in `calibrate`,
+and what a mask's gradient is follows from that of the weights (`pipeline/masked_matrix.py`).  A
+width's rows need not be masked: without its columns they reach nothing.  What is learned takes the
+place of the costs in the same tables, so that solvers and budgets are those of one-pass scores.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,17 +21,22 @@ from torch import Tensor
 import bitmosaic
 from bitmosaic import checkpoint
 from bitmosaic.allocation import LayerAllocation
-from bitmosaic.allocation.masks import Learning
+from bitmosaic.allocation.masks import Drawn, Learner, Learning
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline.common import Track, claim, digest, quiet, tokens_digest
-from bitmosaic.pipeline.masked import MaskedModel, Problem
+from bitmosaic.pipeline.masked import MaskedModel
+from bitmosaic.pipeline.problem import Problem
 
 logger = logging.getLogger(__name__)
 
 EVERY = 20
 """Steps from one state on disk to the next."""
+_COMPARED = 16
+"""Sequences, at most, on which masks are compared without noise."""
+_WAYS = 4
+"""In how many steps the way from the first masks to those learned is tried."""
 _STATE, _MASKS = "state.safetensors", "masks.safetensors"
 
 
@@ -68,6 +68,7 @@ def search(
         "method": method.name,
         "parameters": {**method.score_parameters(), "linked": bool(problem.linked)},
         "learning": asdict(learning),
+        "compensation": method.compensation,
         "bytes": problem.budget,
         "tokens": tokens_digest(tokens),
     }
@@ -75,6 +76,9 @@ def search(
     claim(place, "search.json", identity, "Delete that directory.")
     if not (place / _MASKS).is_file():
         _learn(problem, learning, tokens, place, track)
+    for path in [*place.glob("*.safetensors")]:
+        if path.name != _MASKS:  # the state, and what rounding left, serve no other search
+            path.unlink()
     masks, _ = checkpoint.read_tensors(place / _MASKS)
     return problem.learned(masks["steps"], masks["widths"])
 
@@ -89,10 +93,13 @@ def _learn(problem: Problem, learning: Learning, tokens: Tensor, place: Path, tr
         first, losses = int(state["step"]), state["losses"]
         means = [state["means.steps"], state["means.widths"]]
         learner.load_state(state)
+    judges = _judges(len(tokens))
     with MaskedModel(problem, tokens, place, track, learning.loss == "kl") as model:
         for step in track(range(first, learning.steps), "search", learning.steps - first):
             drawn = learner.draw()
-            losses[step], gates, keep = model.gradients(_batch(learning, len(tokens), step), drawn)
+            losses[step], gates, keep = model.gradients(
+                _batch(learning, judges.start or len(tokens), step), drawn
+            )
             if not math.isfinite(losses[step]):
                 raise ValueError(
                     f"loss of the search must be finite, not {float(losses[step])} at step {step}. "
@@ -114,25 +121,43 @@ def _learn(problem: Problem, learning: Learning, tokens: Tensor, place: Path, tr
                 checkpoint.write_tensors(place / _STATE, state)
         count = learning.steps - (learning.steps + 1) // 2
         found = [mean / count for mean in means] if count else [*learner.logits()]
-        start = problem.start, problem.start_widths
-        compared = [model.loss(learner.probable(*each)) for each in (start, found)]
-    better = compared[1] < compared[0]
+        masks, compared = _shortened(learner, found, model.loss, judges)
     logger.info(
-        "search: loss %.4f of the masks it began with, %.4f of those it learned%s",
-        *compared,
-        "" if better else "; the first are kept",
+        "search: loss %.4f of the masks it began with, %.4f of those %d %% of the way to what it "
+        "learned",
+        float(compared[0]),
+        float(compared.min()),
+        100 * int(compared.argmin()) // _WAYS,
     )
-    steps, widths = found if better else start
-    checkpoint.write_tensors(
-        place / _MASKS,
-        {
-            "steps": steps.detach().float(),
-            "widths": widths.detach().float(),
-            "losses": losses,
-            "compared": torch.tensor(compared, dtype=torch.float64),
-        },
-    )
-    (place / _STATE).unlink(missing_ok=True)
+    masks |= {"losses": losses, "compared": compared}
+    checkpoint.write_tensors(place / _MASKS, masks)
+
+
+def _judges(samples: int) -> range:
+    """Choose the sequences that masks are compared on, and not learned from if there are enough."""
+    count = min(_COMPARED, samples // 4)
+    return range(samples - count, samples) if count else range(samples)
+
+
+def _shortened(
+    learner: Learner,
+    found: Sequence[Tensor],
+    loss: Callable[[Sequence[int], Drawn], float],
+    judges: range,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Go as far from the first masks towards those learned as the loss on other text falls.
+
+    Few sequences say little of many masks; what they say too much is taken back.
+    """
+    start = learner.start
+    compared, ways = [], []
+    for way in range(_WAYS + 1):
+        logits = [low + way / _WAYS * (high - low) for low, high in zip(start, found, strict=True)]
+        ways.append(logits)
+        compared.append(loss(judges, learner.probable(*logits)))
+    losses = torch.tensor(compared, dtype=torch.float64)
+    steps, widths = ways[int(losses.argmin())]
+    return {"steps": steps.detach().float(), "widths": widths.detach().float()}, losses
 
 
 def _batch(learning: Learning, samples: int, step: int) -> list[int]:

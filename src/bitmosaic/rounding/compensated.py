@@ -38,7 +38,7 @@ from bitmosaic.tiling import Section
 def compensated(
     weight: Float[Tensor, "out in"],
     layer: LayerAllocation,
-    hessian: Float[Tensor, "in in"],
+    hessian: Float[Tensor, "in in"] | None = None,
     *,
     damping: float = 0.01,
     act_order: bool = False,
@@ -61,7 +61,7 @@ def compensated(
     `outliers` marks weights that are kept: each at the value it has come to at its column, or
     (int8, with `grids`) at the nearest that a residual reaches.
     `grids` is any rounding of the same plan, whose scales and zero points are to be used; `factor`
-    is `factorise`'s of the same arguments, where it is known already.
+    is `factorise`'s of the same arguments, where it is known already, and stands for `hessian`.
     """
     static_groups = static_groups or grids is not None
     if act_order and not static_groups and layer.tile[1] > 1:
@@ -71,6 +71,7 @@ def compensated(
             "otherwise."
         )
     if factor is None:
+        assert hessian is not None
         stored = hessian
         if layer.in_permutation is not None:
             stored = hessian[layer.in_permutation][:, layer.in_permutation]
