@@ -8,7 +8,7 @@ LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
-.PHONY: bench-toga plot plot-energy energy-sweep bench-scale bench-scale-search bench-cpu bench-pruned size clean
+.PHONY: bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-cpu bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -117,6 +117,9 @@ bench-fgmp: $(STAMP)
 
 bench-toga: $(STAMP)
 	$(BIN)/python benchmarks/toga.py --json benchmarks/results/toga.json $(ARGS)
+
+bench-toga-cost: $(STAMP)
+	$(BIN)/python benchmarks/toga_cost.py --json benchmarks/results/toga_cost.json $(ARGS)
 
 energy-sweep: $(STAMP)
 	$(BIN)/python benchmarks/energy_sweep.py --json benchmarks/results/energy_sweep.json $(ARGS)

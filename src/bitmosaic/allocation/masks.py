@@ -54,7 +54,7 @@ class Learning:
     batch: int = 4
     lr: float = 0.1
     temperature: float = 0.4
-    noise: float = 1.0
+    noise: float = 0.5
     constraint: str = "projected"
     masks: str = "logits"
     loss: str = "kl"
@@ -69,7 +69,7 @@ class Learning:
                     f"Leave it out for {getattr(Learning, name)}."
                 )
         if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must be 0 or more, not {self.noise!r}. Leave it out for 1.0.")
+            raise ValueError(f"noise must be 0 or more, not {self.noise!r}. Leave it out for 0.5.")
         choices = (("constraint", CONSTRAINTS), ("masks", PARAMETERS), ("loss", LOSSES))
         for name, known in choices:
             if getattr(self, name) not in known:

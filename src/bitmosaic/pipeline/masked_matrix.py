@@ -157,10 +157,16 @@ def masked_input(
     for index, most in enumerate(levels):
         here = largest[:, band == index]
         least = here.amax(1, keepdim=True) if here.shape[1] else largest.new_zeros(tokens, 1)
-        scale = torch.maximum(largest, least).clamp(min=SMALLEST)[:, :, None] / most
-        rounded.append((cut / scale).round() * scale)
-    value = rounded[0]
+        reach = torch.maximum(largest, least)[:, :, None]
+        # The arithmetic of `BandRule`, to the bit.
+        inverse = torch.where(reach >= SMALLEST, torch.full_like(reach, most) / reach, 0.0)
+        rounded.append((cut * inverse).round() * (reach / most))
+    value = torch.zeros_like(cut)
+    for index, each in enumerate(rounded):
+        value = torch.where((band == index)[:, None], each, value)
+    mixed = torch.zeros_like(cut)
     for gate, (low, high) in zip(gates, itertools.pairwise(rounded), strict=True):
-        value = value + gate[:, None] * (high - low)
+        mixed = mixed + gate[:, None] * (high - low)
+    value = value + (mixed - mixed.detach())
     result = value.flatten(1)[:, : values.shape[1]] + (came - values)
     return result if order is None else result[:, torch.argsort(order)]
