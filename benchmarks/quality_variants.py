@@ -22,9 +22,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "nearest": {"base": "nearest"},
         # Per-channel GPTQ at the same bytes as the others, which one width alone cannot meet.
         "per_channel": {"formats": PER_CHANNEL},
+        "one_to_four": {"formats": ONE_TO_FOUR},
     },
     "sfmp": {
         "default": {},
+        "one_to_four": {"formats": ONE_TO_FOUR},
         "nearest": {"base": "nearest"},
         "paper": {
             "score_by": "fisher",

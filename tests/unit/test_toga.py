@@ -479,7 +479,6 @@ def test_presets_are_sets_of_formats() -> None:
         ({"search": "learned", "formats": ("int2-g128",)}, "two or more to learn masks of"),
         ({"search": "annealed"}, "search must be one of fisher, learned"),
         ({"search": "learned", "steps": 0}, "steps must be positive"),
-        ({"search": "learned", "formats": ("w4a4",)}, "mode must be weight-only where tile_out"),
         ({"widths": True}, "tile_out must be tile_in, and reorder gain"),
         ({"tile_out": 128, "formats": ("w4a4",)}, "mode must be weight-only where tile_out"),
     ],

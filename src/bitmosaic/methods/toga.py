@@ -6,7 +6,8 @@ Quantization for LLM Compression*, 2026, arXiv 2606.07819.
 The idea: the in_channels of each matrix that read one input fall into bands of few and of many
 bits, one mask for all of them; channels are permuted so that a band is contiguous; GPTQ rounds the
 low band first, so that its errors flow into precise channels.  The paper learns the masks by a
-hypernetwork; here they come from one backward pass, by the second-order estimate of the loss.
+hypernetwork; here they come from one backward pass, by the second-order estimate of the loss, and
+on request from a search that begins there (`pipeline/search.py`).
 
     cost_j(f) = 1/2 sum over readers, rows of F_kj (Q_f(W) - W)_kj^2
     gain_j    = cost_j(fewest bits) - cost_j(most bits)      channels by rising gain, cut into tiles
@@ -17,8 +18,8 @@ hypernetwork; here they come from one backward pass, by the second-order estimat
 | M | tile_map | the band of each tile of 128 in_channels, all rows alike |
 | Q_l, Q_h | formats | any set; two in the paper, `pruned` is the band of 0 bits |
 
-Tiles of the whole model compete by gain per byte for one budget.  The learned search and
-pruned widths are not here; deviations, and what was measured: docs/methods/toga.md.
+Tiles of the whole model compete by gain per byte for one budget.  Deviations, and what was
+measured: docs/methods/toga.md.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ SEARCHES = ("fisher", "learned")
 
 @dataclass(frozen=True)
 class Toga(RoundedMethod, Learning):
-    """TOGA's bands for weights, from one backward pass.
+    """TOGA's bands, from one backward pass or learned.
 
     Attributes:
         formats: candidate formats of a band, or the name of one of PRESETS; `pruned` may be among
@@ -98,8 +99,7 @@ class Toga(RoundedMethod, Learning):
         tile_out: rows of a tile; all of them where it is left out, which makes bands.
         widths: whether inner channels of MLPs may go, so that stored matrices are narrower.
         search: ``fisher`` decides by one backward pass; ``learned`` goes on from there and learns
-            masks against the loss of the whole model, by the fields of `Learning`; its plans are
-            not the better ones yet (docs/methods/toga.md).
+            masks against the loss of the whole model, by the fields of `Learning`.
     """
 
     name: ClassVar[str] = "toga"
@@ -208,7 +208,7 @@ class Toga(RoundedMethod, Learning):
         self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
     ) -> TileCosts:
         """Make a matrix's table without costs, for questions about bytes before any work."""
-        table = super().blank(name, shape, orders)
+        table = super().blank(name, shape, (orders[0] and self._sorts(shape[1]), orders[1]))
         table.cost[self._pruned, -1, -1] = torch.inf
         return self._with_rule(table)
 
@@ -226,7 +226,9 @@ class Toga(RoundedMethod, Learning):
         # What orders its producers' rows comes before them.
         for group in sorted(block.structure.inputs, key=lambda each: each.linears[0] not in free):
             name = group.linears[0]
-            order = self._order(block, group.linears, name in shrinks)
+            order = None
+            if name in free or self._sorts(block.weights[name].shape[1]):
+                order = self._order(block, group.linears, name in shrinks)
             found = self._tables(block, group.linears, order, rows, moves=name not in shrinks)
             if order is not None and name in free:
                 assert found[0].in_permutation is not None
@@ -282,6 +284,10 @@ class Toga(RoundedMethod, Learning):
             return table
         rule = widest_rule(self.formats, table.shape[1], table.tile[1])
         return replace(table, activations=rule)
+
+    def _sorts(self, width: int) -> bool:
+        """Whether an order is worth its bytes: not where all in_channels are in one tile."""
+        return width > self.tile_in
 
     @property
     def _pruned(self) -> list[int]:
