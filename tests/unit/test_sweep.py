@@ -390,7 +390,7 @@ def test_state_between_blocks_is_refused(keywords, message, directories, tokens,
     load_rest = source.load_rest
 
     def tampered(dtype):
-        rest = load_rest(dtype)
+        rest = load_rest(dtype, **parts)
         forward = rest.model.forward
         rest.model.forward = lambda input_ids, **options: forward(
             input_ids=input_ids, **options, **keywords(input_ids)

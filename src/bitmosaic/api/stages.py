@@ -18,7 +18,7 @@ from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
 from bitmosaic.pipeline.allocate import check_budget
-from bitmosaic.pipeline.calibrate import MANIFEST, clear_gradients
+from bitmosaic.pipeline.calibrate import EVERY, MANIFEST, clear_gradients
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
@@ -33,10 +33,12 @@ def calibrate(
     output: str | Path,
     *,
     calibration: str | Path | CalibrationText,
+    method: str | None = None,
     samples: int = DEFAULT_SAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
     track: Track = quiet,
+    **parameters: Any,
 ) -> Statistics:
     """Measure a model's statistics on a calibration text and keep them in a directory.
 
@@ -44,14 +46,17 @@ def calibrate(
         model: Directory or hub id of the original.
         output: Directory for the statistics; an unfinished one of the same run is gone on with.
         calibration: Any source that `evaluation.read_text` takes.
+        method: Measure only what this method asks for; without it what any method does.
         samples: Windows chosen from the text.
         seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
         seed: Of the choice of windows.
         track: Shows progress.
+        **parameters: The method's own.
     """
+    names = _statistics_of(method, parameters)
     source = Source(model)
     text = _open_text(source, calibration, samples, seqlen, seed, track)
-    return _measure(source, Path(output), text, track)
+    return _measure(source, Path(output), text, track, names)
 
 
 def allocate(
@@ -289,9 +294,34 @@ def _open_text(
     return opened[0]
 
 
-def _measure(source: Source, directory: Path, text: CalibrationText, track: Track) -> Statistics:
+def _statistics_of(method: str | None, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name what a method asks for of the original model; without one what any method does."""
+    if method is None:
+        if parameters:
+            raise ValueError(
+                f"parameters must be of a method, not {', '.join(parameters)} of none. Give --method."
+            )
+        return EVERY
+    names = make_method(method, parameters).statistics
+    if not names:
+        raise ValueError(
+            f"method must be one that asks for statistics of the original model, not {method!r}. "
+            "It needs no `bitmosaic calibrate`."
+        )
+    return names
+
+
+def _measure(
+    source: Source,
+    directory: Path,
+    text: CalibrationText,
+    track: Track,
+    names: tuple[str, ...] = EVERY,
+) -> Statistics:
     with nothing_left(directory):
-        return pipeline.calibrate(source, text.tokens, directory, track=track, text=text.facts)
+        return pipeline.calibrate(
+            source, text.tokens, directory, names=names, track=track, text=text.facts
+        )
 
 
 def _statistics_for(

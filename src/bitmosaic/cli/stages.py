@@ -65,9 +65,17 @@ def calibrate(
     model: Model,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="Directory for the statistics.", show_default=False)],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure only what this method asks for (default: what any of them does).",
+            show_default=False,
+        ),
+    ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = None,
     seed: Seed = 0,
+    parameters: Parameters = None,
     threads: Threads = None,
 ) -> None:
     """Measure what every weight is worth, on a calibration text, block by block."""
@@ -77,10 +85,12 @@ def calibrate(
             model,
             output,
             calibration=calibration,
+            method=method,
             samples=samples,
             seqlen=seqlen,
             seed=seed,
             track=reporter.track,
+            **collect(parameters),
         )
     facts = found.manifest
     results().print(

@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from bitmosaic.model.source import Source
 
 _TOKENS = 12
+_ROWS = 4096
 _UNIT_ROUNDOFF = 2.0**-24
 
 
 def residual_permutable(source: Source) -> bool:
     """Whether one permutation of the residual stream can be folded into the whole model.
 
-    Needs memory for the weights outside the blocks and for one block, and no more.
+    Needs memory for one block, and for little else: of the vocabulary some tokens are enough.
     """
-    rest = source.load_rest()
     tokens = _probe_tokens(source)
+    rest = source.load_rest(tokens=tokens, logits_of=tokens.unique())
     stubs = _stand_in(source, rest, tokens)
     before = _logits(rest, tokens)
     if not _blocks_permutable(source, stubs):
@@ -71,7 +72,9 @@ def permute_residual_rest(rest: PreTrainedModel, permutation: Tensor) -> None:
                     f"norms, not into {type(module).__name__}. Leave the residual stream as it is."
                 )
             if axis >= 0:
-                parameter.data.copy_(parameter.data.index_select(axis, permutation))
+                # Of a table over the vocabulary a second copy would be the widest moment of all.
+                for part in parameter.data.split(_ROWS) if axis == 1 else (parameter.data,):
+                    part.copy_(part.index_select(axis, permutation))
 
 
 def _residual_axis(module: nn.Module, name: str, parameter: nn.Parameter, width: int) -> int | None:

@@ -213,11 +213,11 @@ def _forward(
     keep = KINDS["gradient"] in kinds
     wanted = kinds.get(KINDS["input"], ())
     for index in track(range(stop), "forward", stop):
-        block = source.load_block(index)
         path = block_file(directory, index, KINDS["input"])
         if not wanted or path.is_file():
-            sweep.forward(index, block, keep_inputs=keep)
+            sweep.forward(index, source.load_block(index), keep_inputs=keep)
             continue
+        block = source.load_block(index)
         found = structures(source).of(index, block)
         sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
         measured: dict[str, Tensor] = {}
@@ -233,6 +233,7 @@ def _forward(
                     key = f"{name}.{part}" if part else name
                     measured |= {f"{layer}.{key}": tensor for layer in group.linears}
         checkpoint.write_tensors(path, measured)
+        del block, sums, measured, value, parts, tensor  # before the next block comes
 
 
 def _sweep(
@@ -270,6 +271,7 @@ def _sweep(
         checkpoint.write_tensors(block_file(directory, index), measured)
         if index:  # what goes on from the first block is no block's
             checkpoint.write_tensors(saved, sweep.gradients)
+        del block, measured  # before the next block comes
 
 
 class _Backward:

@@ -103,7 +103,7 @@ class Packer:
             rest = self.source.load_rest(None)
             permute_residual_rest(rest, self.allocation.residual)
             moved = rest.state_dict()
-            tensors = ((name, moved[name]) for name, _ in self.source.rest_tensors())
+            tensors = ((name, moved[name]) for name, _, _ in self.source.rest_entries())
         packed, plain = pack_rest(self.plan, tensors)
         for name, tensor in packed.items():
             plain |= {f"{name}.{key}": array for key, array in tensor.arrays().items()}
