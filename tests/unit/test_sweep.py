@@ -389,7 +389,7 @@ def test_state_between_blocks_is_refused(keywords, message, directories, tokens,
     source = Source(directories("llama"))
     load_rest = source.load_rest
 
-    def tampered(dtype):
+    def tampered(dtype, **parts):
         rest = load_rest(dtype, **parts)
         forward = rest.model.forward
         rest.model.forward = lambda input_ids, **options: forward(

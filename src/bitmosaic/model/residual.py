@@ -14,29 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from bitmosaic.formats.base import UnsupportedError
-from bitmosaic.model.structure import signature, structure
 from bitmosaic.model.stub import BlockReachedError, Stub, install_stubs, wrap_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitmosaic.model.source import Source
+    from bitmosaic.model.structure import Structure
 
 _TOKENS = 12
 _ROWS = 4096
 _UNIT_ROUNDOFF = 2.0**-24
 
 
-def residual_permutable(source: Source) -> bool:
+def residual_permutable(source: Source, of_block: Callable[[int], Structure]) -> bool:
     """Whether one permutation of the residual stream can be folded into the whole model.
 
+    `of_block` gives the proved structure of a block by its index.
     Needs memory for one block, and for little else: of the vocabulary some tokens are enough.
     """
     tokens = _probe_tokens(source)
     rest = source.load_rest(tokens=tokens, logits_of=tokens.unique())
     stubs = _stand_in(source, rest, tokens)
     before = _logits(rest, tokens)
-    if not _blocks_permutable(source, stubs):
+    if not all(of_block(index).residual_writers for index in range(len(stubs))):
         return False
     hidden = stubs[0].hidden
     permutation = torch.randperm(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -96,26 +97,11 @@ def _stand_in(source: Source, rest: PreTrainedModel, tokens: Tensor) -> list[Stu
         _logits(rest, tokens)
     stubs[0].stops = False
     with torch.no_grad():
-        wrap = wrap_like(_run(stubs[0])(source.load_block(0)))
+        block, call = source.load_block(0), stubs[0].call
+        wrap = wrap_like(block(stubs[0].hidden, *call.arguments, **call.keywords))
     for stub in stubs:
         stub.wrap = wrap
     return stubs
-
-
-def _run(stub: Stub) -> Callable[[nn.Module], Any]:
-    """Return what calls a block as the model called its stub."""
-    hidden, call = stub.hidden, stub.call
-    return lambda block: block(hidden, *call.arguments, **call.keywords)
-
-
-def _blocks_permutable(source: Source, stubs: list[Stub]) -> bool:
-    proved: dict[object, bool] = {}
-    for index, stub in enumerate(stubs):
-        block = source.empty_block(index)
-        key = signature(block)
-        if key not in proved:
-            proved[key] = bool(structure(block, _run(stub)).residual_writers)
-    return all(proved.values())
 
 
 def _probe_tokens(source: Source) -> Tensor:

@@ -17,7 +17,12 @@ from bitmosaic.methods.base import BlockScores, BlockView
 from bitmosaic.model.experts import linears
 from bitmosaic.model.residual import residual_permutable
 from bitmosaic.model.source import Source
-from bitmosaic.model.structure import Structure, permute_residual_block
+from bitmosaic.model.structure import (
+    Structure,
+    permute_columns,
+    permute_residual_block,
+    permute_rows,
+)
 from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
 from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
 from bitmosaic.pipeline.score_files import load_scores, save_scores
@@ -85,15 +90,15 @@ class _Scorer:
     def score(self, index: int, residual: Tensor | None) -> BlockScores:
         # Where one format serves all, only shapes matter, and those are known without reading.
         reads = self.method.fits_any_budget
+        found = self.structure(index)  # proved before the block comes: that takes two more
         block = self.source.load_block(index) if reads else self.source.empty_block(index)
-        found = self.structures.of(index, block)
         fisher, pivots = self._read(index, "fisher"), self._read(index, "pivots")
         masks = self._read(index, "mask_fisher")
         activation = self._activation(index)
         inputs = self._inputs(index)
         if residual is not None:
             permute_residual_block(block, found, residual)
-            fisher = _permute_residual(fisher, found, residual)
+            _permute_residual(fisher, found, residual)
             activation = _permute_inputs(activation, found, residual)
             pivots, masks = (
                 {
@@ -105,6 +110,9 @@ class _Scorer:
         weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
         view = BlockView(weights, found, fisher, activation, pivots, masks, inputs)
         return self.method.score(view)
+
+    def structure(self, index: int) -> Structure:
+        return self.structures.of(index, self.source.empty_block(index))
 
     def _read(self, index: int, statistic: str) -> dict[str, Tensor]:
         if statistic not in self.method.statistics or self.statistics is None:
@@ -129,7 +137,7 @@ def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Te
     path = None if directory is None else directory / "residual.safetensors"
     if path is not None and path.is_file():
         return checkpoint.read_tensors(path)[0]["residual"].long()
-    if not residual_permutable(scorer.source):
+    if not residual_permutable(scorer.source, scorer.structure):
         logger.warning(
             "%s: no order can be folded into its residual stream, which stays as it is; only the "
             "insides of its blocks are reordered",
@@ -139,7 +147,7 @@ def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Te
     total = torch.zeros(())
     assert scorer.statistics is not None
     for index in blocks(scorer.source, track, "residual"):
-        found = scorer.structures.of(index, scorer.source.empty_block(index))
+        found = scorer.structure(index)
         columns = scorer.statistics.read(index, "fisher", "columns")
         rows = scorer.statistics.read(index, "fisher", "rows")
         readers = [name for group in found.inputs if group.reads_residual for name in group.linears]
@@ -151,18 +159,14 @@ def _residual_order(scorer: _Scorer, directory: Path | None, track: Track) -> Te
     return order
 
 
-def _permute_residual(
-    tables: dict[str, Tensor], found: Structure, order: Tensor
-) -> dict[str, Tensor]:
-    """Reorder the columns of residual readers and the rows of residual writers."""
-    moved = dict(tables)
+def _permute_residual(tables: dict[str, Tensor], found: Structure, order: Tensor) -> None:
+    """Reorder the columns of residual readers and the rows of residual writers, in place."""
     for group in found.inputs:
         if group.reads_residual:
             for name in group.linears:
-                moved[name] = moved[name][:, order]
+                permute_columns(tables[name], order)
     for name in found.residual_writers:
-        moved[name] = moved[name][order]
-    return moved
+        permute_rows(tables[name], order)
 
 
 def _permute_inputs(
