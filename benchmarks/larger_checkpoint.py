@@ -54,7 +54,9 @@ def write(directory: Path, geometry: str, blocks: int) -> int:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, directory / name)
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        shapes = {
+            k: v.shape for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
     shards: dict[str, dict[str, torch.Size]] = {}
     for name, shape in shapes.items():
         part = name.split(".")[2] if ".layers." in name else name.split(".")[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from bitmosaic import methods
 from bitmosaic.allocation import Allocation, Budget, parse_size
 from bitmosaic.methods import Method
+from bitmosaic.pipeline.calibrate import EVERY
+from bitmosaic.pipeline.preflight import Limits
 
+Announce = Callable[[str], None]
 DEFAULT_METHOD = "sfmp"
 _ALIASES = {"score": "score_by"}  # a method's `score` is its hook, so the field has another name
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -36,6 +39,47 @@ def make_budget(
     if size is not None:
         return Budget(size=size) if isinstance(size, int) else parse_size(size)
     return None
+
+
+def make_limits(max_memory: str | int | None, announce: Announce | None = None) -> Limits:
+    """Read a cap of resident memory: bytes, or text like 6GiB."""
+    if max_memory is None:
+        return Limits(None, announce)
+    size = max_memory if isinstance(max_memory, int) else _bytes(max_memory)
+    if size < 1:
+        raise ValueError(f"max_memory must be at least one byte, not {size}. Write it like 6GiB.")
+    return Limits(size, announce)
+
+
+def _bytes(text: str) -> int:
+    try:
+        size = parse_size(text).size
+    except ValueError:
+        size = None
+    if size is None:
+        raise ValueError(
+            f"max_memory must be a number with a unit like GiB, GB, MiB or MB, not {text!r}. "
+            "Write it like 6GiB."
+        )
+    return size
+
+
+def statistics_of(method: str | None, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name what a method asks for of the original model; without one what any method does."""
+    if method is None:
+        if parameters:
+            raise ValueError(
+                f"parameters must be of a method, not of none ({', '.join(parameters)}). "
+                "Give --method."
+            )
+        return EVERY
+    names = make_method(method, parameters).statistics
+    if not names:
+        raise ValueError(
+            f"method must be one that asks for statistics of the original model, not {method!r}. "
+            "It needs no `bitmosaic calibrate`."
+        )
+    return names
 
 
 def choose_method(

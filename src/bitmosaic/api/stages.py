@@ -12,16 +12,25 @@ from bitmosaic import checkpoint, pipeline
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.api.energy import DEFAULT_TABLE, share_within
 from bitmosaic.api.energy import energy_table as lookup
-from bitmosaic.api.requests import DEFAULT_METHOD, choose_method, make_budget, make_method
+from bitmosaic.api.requests import (
+    DEFAULT_METHOD,
+    Announce,
+    choose_method,
+    make_budget,
+    make_limits,
+    make_method,
+    statistics_of,
+)
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
-from bitmosaic.pipeline.allocate import check_budget
+from bitmosaic.pipeline.allocate import admit_allocate, check_budget
 from bitmosaic.pipeline.calibrate import EVERY, MANIFEST, clear_gradients
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
 from bitmosaic.pipeline.output import OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
+from bitmosaic.pipeline.preflight import Limits
 from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
 
 DEFAULT_SAMPLES = 64
@@ -37,6 +46,8 @@ def calibrate(
     samples: int = DEFAULT_SAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
 ) -> Statistics:
@@ -50,13 +61,16 @@ def calibrate(
         samples: Windows chosen from the text.
         seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
         seed: Of the choice of windows.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
-    names = _statistics_of(method, parameters)
+    names = statistics_of(method, parameters)
+    limits = make_limits(max_memory, announce)
     source = Source(model)
     text = _open_text(source, calibration, samples, seqlen, seed, track)
-    return _measure(source, Path(output), text, track, names)
+    return _measure(source, Path(output), text, track, limits, names)
 
 
 def allocate(
@@ -74,6 +88,8 @@ def allocate(
     embedding: str = "int8",
     head: str = "int8",
     overwrite: bool = False,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
 ) -> Allocation:
@@ -94,6 +110,8 @@ def allocate(
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
         head: The same for an output head that is not tied.
         overwrite: Replace an existing file.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
@@ -106,6 +124,7 @@ def allocate(
             f"method must be fgmp for a budget of energy, not {method!r}. Use --bits or --size."
         )
     table = lookup(energy_table)
+    limits = make_limits(max_memory, announce)
     target = None if output is None else Path(output)
     if target is not None and target.exists() and not overwrite:
         raise FileExistsError(
@@ -119,6 +138,9 @@ def allocate(
         tokens = _open_text(source, calibration, of["samples"], of["seqlen"], 0, track)
     recipe = {}
     if energy is not None:
+        where = None if measured is None else measured.directory
+        admit_allocate(source, chosen, where, limits)
+        limits = replace(limits, announce=None)
         scores, _ = pipeline.score(source, chosen, statistics=measured, track=track)
         share, found = share_within(chosen, scores, float(energy), table)
         budget, recipe = Budget(fp4=share), {"energy": found.facts()}
@@ -130,6 +152,7 @@ def allocate(
         statistics=measured,
         plan=OutputPlan(source, embedding, head),
         tokens=None if tokens is None else tokens.tokens,
+        limits=limits,
         track=track,
     )
     allocation = replace(allocation, recipe=allocation.recipe | recipe)
@@ -156,6 +179,8 @@ def quantize(
     head: str = "int8",
     overwrite: bool = False,
     resume: bool = False,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
 ) -> dict[str, Any]:
@@ -181,6 +206,8 @@ def quantize(
         overwrite: Replace an existing output.
         resume: Take a finished output of the same run for the answer; its facts then hold
             ``already_complete``.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
@@ -188,6 +215,7 @@ def quantize(
     if overwrite and resume:
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
     budget = make_budget(bits, size, fp4)
+    limits = make_limits(max_memory, announce)
     plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
     if (budget is None) == (plan is None):
         raise ValueError(
@@ -215,8 +243,8 @@ def quantize(
         return _finished(output, request)
     facts = {} if text is None else text.facts
     if directory is not None:
-        facts = _statistics_for(source, directory, text, track) or facts
-    options = QuantizeOptions(embedding=embedding, head=head, overwrite=overwrite, text=facts)
+        facts = _statistics_for(source, directory, text, track, limits) or facts
+    options = QuantizeOptions(embedding, head, overwrite, limits=limits, text=facts)
     with nothing_left(work_directory(output)):
         return pipeline.quantize(
             source,
@@ -294,43 +322,33 @@ def _open_text(
     return opened[0]
 
 
-def _statistics_of(method: str | None, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name what a method asks for of the original model; without one what any method does."""
-    if method is None:
-        if parameters:
-            raise ValueError(
-                f"parameters must be of a method, not {', '.join(parameters)} of none. Give --method."
-            )
-        return EVERY
-    names = make_method(method, parameters).statistics
-    if not names:
-        raise ValueError(
-            f"method must be one that asks for statistics of the original model, not {method!r}. "
-            "It needs no `bitmosaic calibrate`."
-        )
-    return names
-
-
 def _measure(
     source: Source,
     directory: Path,
     text: CalibrationText,
     track: Track,
+    limits: Limits,
     names: tuple[str, ...] = EVERY,
 ) -> Statistics:
     with nothing_left(directory):
         return pipeline.calibrate(
-            source, text.tokens, directory, names=names, track=track, text=text.facts
+            source,
+            text.tokens,
+            directory,
+            names=names,
+            limits=limits,
+            track=track,
+            text=text.facts,
         )
 
 
 def _statistics_for(
-    source: Source, directory: Path, text: CalibrationText | None, track: Track
+    source: Source, directory: Path, text: CalibrationText | None, track: Track, limits: Limits
 ) -> Any:
     """Finish a statistics directory if it is not; return the facts of its text."""
     if not _is_finished(directory):
         assert text is not None
-        _measure(source, directory, text, track)
+        _measure(source, directory, text, track, limits)
     clear_gradients(directory)
     manifest: dict[str, Any] = read_json(directory / MANIFEST)
     return manifest.get("text")

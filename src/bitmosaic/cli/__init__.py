@@ -52,8 +52,8 @@ for _command in (
 
 def main() -> None:
     """Run the command `bitmosaic`."""
-    # Large tensors come and go with every block; as pages of 2 MiB, not 4 KiB, the kernel hands them
-    # out in a hundredth of the faults: 40 % of the CPU time of a calibration of 218 M weights a
-    # block.  torch reads this when it is imported.
+    # Large tensors come and go with every block. In pages of 2 MiB, not of 4 KiB, the kernel hands
+    # them out in a hundredth of the faults, which were 40 % of the CPU time of a calibration with
+    # 218 M weights a block. torch reads this when it is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="bitmosaic")

@@ -67,12 +67,19 @@ Seqlen = Annotated[
         show_default=False,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Resident memory that must not be exceeded, e.g. 6GiB (default: what is available).",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 
 OPTIONS = frozenset(
     "model output bits size fp4 energy energy_table method calibration samples seqlen seed "
-    "statistics allocation embedding head overwrite resume track".split()
+    "statistics allocation embedding head overwrite resume max_memory announce track".split()
 )
 """What `--set` must not name, being no parameter of a method."""
 

@@ -51,6 +51,10 @@ class Reporter:
         if self._bars is not None:
             self._bars.stop()
 
+    def announce(self, line: str) -> None:
+        """Show a line of its own, above the bars."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def track(self, items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         """Hand items on, showing how many are done."""
         update = self._stage(description, total)

@@ -13,6 +13,7 @@ from bitmosaic.cli.common import (
     Embedding,
     Fp4,
     Head,
+    MaxMemory,
     Model,
     Overwrite,
     Parameters,
@@ -76,6 +77,7 @@ def calibrate(
     seqlen: Seqlen = None,
     seed: Seed = 0,
     parameters: Parameters = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Measure what every weight is worth, on a calibration text, block by block."""
@@ -89,6 +91,8 @@ def calibrate(
             samples=samples,
             seqlen=seqlen,
             seed=seed,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
             **collect(parameters),
         )
@@ -136,6 +140,7 @@ def allocate(
     format: Format = None,
     parameters: Parameters = None,
     overwrite: Overwrite = False,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Decide the format of every tile under a budget, from statistics."""
@@ -158,6 +163,8 @@ def allocate(
             embedding=embedding,
             head=head,
             overwrite=overwrite,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
             **chosen,
         )
@@ -225,6 +232,7 @@ def quantize(
             "unfinished one is the default).",
         ),
     ] = False,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Fit a model into a budget: calibrate, allocate and quantize as far as needed."""
@@ -250,6 +258,8 @@ def quantize(
             head=head,
             overwrite=overwrite,
             resume=resume,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
             **chosen,
         )

@@ -1,5 +1,6 @@
-"""Logits of a batch, a stretch of tokens at a time: of 2048 tokens and a vocabulary of 128 256 they
-would take 1 GB, more than the blocks of many a packed model.
+"""Logits of a batch, a stretch of tokens at a time.
+
+Of 2048 tokens and a vocabulary of 128 256 they would take 1 GB, and as much again to compare.
 
 What comes before the head runs once.  For each stretch the model's own forward then runs around it,
 so that what a model does to its logits (scaling, capping) is done.
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

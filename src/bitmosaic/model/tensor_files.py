@@ -94,7 +94,9 @@ class TensorFiles:
         with entry.path.open("rb", buffering=0) as file:
             for part, offset in _parts(result, entry, rows):
                 # What is kept as it is needs no second place.
-                raw = part if wanted == entry.dtype else torch.empty(part.numel(), dtype=entry.dtype)
+                raw = (
+                    part if wanted == entry.dtype else torch.empty(part.numel(), dtype=entry.dtype)
+                )
                 file.seek(entry.offset + offset)
                 _read_exactly(file, raw.view(torch.uint8).numpy().data, entry.path)
                 range_.add(raw)
@@ -230,9 +232,7 @@ def _read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
         done += count
 
 
-def _parts(
-    result: Tensor, entry: TensorEntry, rows: Tensor | None
-) -> Iterator[tuple[Tensor, int]]:
+def _parts(result: Tensor, entry: TensorEntry, rows: Tensor | None) -> Iterator[tuple[Tensor, int]]:
     """Cut a tensor to be read into flat pieces, each with its offset in the stored one."""
     if rows is None:
         flat, size = result.view(-1), _PIECE // entry.dtype.itemsize

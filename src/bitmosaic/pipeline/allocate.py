@@ -34,7 +34,9 @@ from bitmosaic.model.structure import Structure
 from bitmosaic.model.widths import check_widths
 from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import Track, quiet, structures
+from bitmosaic.pipeline.needs import allocate_need
 from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.preflight import FREE, Limits, admit
 from bitmosaic.pipeline.scores import score
 from bitmosaic.pipeline.search import search
 
@@ -50,6 +52,7 @@ def allocate(
     plan: OutputPlan | None = None,
     cache: Path | None = None,
     tokens: Tensor | None = None,
+    limits: Limits = FREE,
     track: Track = quiet,
 ) -> Allocation:
     """Decide the format of every tile of the model under a byte budget.
@@ -65,6 +68,8 @@ def allocate(
             f"method {method.name} must have calibration text to learn its masks with. "
             "Give --calibration, or leave search=learned out."
         )
+    where = cache or (None if statistics is None else statistics.directory)
+    admit_allocate(source, method, where, limits)
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     if method.learning is not None:
         assert tokens is not None
@@ -80,6 +85,16 @@ def allocate(
         recipe={"method": method.name, "parameters": method.parameters(), "budget": str(budget)},
         residual=residual,
     )
+
+
+def admit_allocate(source: Source, method: Method, where: Path | None, limits: Limits) -> None:
+    """Refuse what the limits do not allow, before any work."""
+    if method.learning is not None and limits.memory is not None:
+        raise ValueError(
+            f"max_memory must not be given to method {method.name} with search=learned, since what "
+            "the search takes is not known beforehand. Leave one of them out."
+        )
+    admit(allocate_need(source, method, where or Path()), limits)
 
 
 def narrowed(

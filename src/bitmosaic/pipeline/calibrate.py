@@ -25,6 +25,7 @@ from bitmosaic.model.source import Source
 from bitmosaic.model.structure import InputGroup
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.common import (
+    INPUT_SCORES,
     Track,
     block_file,
     claim,
@@ -35,27 +36,20 @@ from bitmosaic.pipeline.common import (
     tokens_digest,
     warn_unreached,
 )
+from bitmosaic.pipeline.needs import calibrate_need
 from bitmosaic.pipeline.places import exclusive
+from bitmosaic.pipeline.preflight import FREE, KEPT, Limits, admit
 from bitmosaic.statistics import Statistic
 from bitmosaic.statistics.activation import ActivationNorms
 
 MANIFEST = "statistics.json"
-KINDS = {
-    "input": "inputs",
-    "gradient": "block",
-    "input_gradient": "block",
-    "mask_gradient": "block",
-}
+_OF_GRADIENTS = ("gradient", "input_gradient", "mask_gradient")
+KINDS = {"input": "inputs", **dict.fromkeys(_OF_GRADIENTS, "block")}
 """How a block's file is called, by what its statistics observe."""
-INPUT_SCORES = "input_scores"
-"""Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
-them and one more pass over each block."""
 _SCORES_NEED = ("input_amax", "input_fisher")
 EVERY = ("activation", "pivots", "fisher", "mask_fisher", *_SCORES_NEED, INPUT_SCORES)
 """What methods may ask for of the original model."""
 _GRADIENTS = "gradients.safetensors"
-DEFAULT_MEMORY_CAP = 256 * 2**20
-"""Bytes of block inputs kept in memory; beyond it they go to files."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +130,15 @@ def calibrate(
     directory: Path,
     *,
     names: Sequence[str] = EVERY,
-    memory_cap: int = DEFAULT_MEMORY_CAP,
+    memory_cap: int = KEPT,
+    limits: Limits = FREE,
     track: Track = quiet,
     text: Any = "",
 ) -> Statistics:
     """Measure statistics of all linear layers over calibration sequences [samples, tokens].
 
     The same call goes on with an interrupted run of the same model, tokens and statistics.
+    At most `memory_cap` bytes of block inputs are kept in memory, less where `limits` say so.
     `text` (plain JSON: digest, sketch) is kept in the manifest, for evaluation to compare with.
     """
     if INPUT_SCORES in names:
@@ -153,6 +149,8 @@ def calibrate(
                 f"statistics must be of the original model here, not {name!r}. "
                 "It is measured while quantizing, on what is quantized already."
             )
+    need = calibrate_need(source, names, tokens.shape, directory)
+    memory_cap = min(memory_cap, admit(need, limits))
     identity = {
         "version": 1,
         "model": source.digest,
@@ -188,7 +186,7 @@ def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     """Sort statistics by the file that they go to."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kind = "gradient" if name == INPUT_SCORES else statistics.get(name).observes
+        kind = "gradient" if name == INPUT_SCORES else _observes(name)
         kinds.setdefault(KINDS[kind], []).append(name)
     return kinds
 

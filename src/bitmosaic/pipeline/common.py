@@ -22,6 +22,10 @@ from bitmosaic.statistics import Statistic
 
 logger = logging.getLogger(__name__)
 
+INPUT_SCORES = "input_scores"
+"""Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
+them and one more pass over each block."""
+
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable to show progress: (items, description, total) -> items."""
 

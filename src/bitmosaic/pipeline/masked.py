@@ -22,9 +22,9 @@ from bitmosaic.bands import levels
 from bitmosaic.model.experts import linears
 from bitmosaic.model.hooks import Change, inputs_changed
 from bitmosaic.model.sweep import Sweep
-from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP
 from bitmosaic.pipeline.common import Track, block_file, observe_inputs, structures
 from bitmosaic.pipeline.masked_matrix import Matrix, masked_input, stored
+from bitmosaic.pipeline.preflight import KEPT
 from bitmosaic.pipeline.problem import Problem
 
 _KEPT = 2**30
@@ -38,8 +38,13 @@ class MaskedModel:
     def __init__(
         self, problem: Problem, tokens: Tensor, place: Path, track: Track, teaches: bool
     ) -> None:
+<<<<<<< HEAD
         self._problem, self._source, self._place = problem, problem.source, place
-        self._sweep = Sweep(self._source, tokens, memory_cap=DEFAULT_MEMORY_CAP, directory=place)
+        self._sweep = Sweep(self._source, tokens, memory_cap=KEPT, directory=place)
+=======
+        self._problem, self._source = problem, problem.source
+        self._sweep = Sweep(self._source, tokens, memory_cap=KEPT, directory=place)
+>>>>>>> da64e94 (A cap of memory and a preflight for every stage; benchmark of a model larger than memory)
         self._track, self._teaches = track, teaches
         self._structures = structures(self._source)
         self._memory: dict[int, dict[str, Tensor]] = {}

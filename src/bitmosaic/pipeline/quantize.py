@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor
 import bitmosaic
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
+from bitmosaic.model.inventory import tensor_bytes
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.allocate import allocate, check_allocation, check_budget
-from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
+from bitmosaic.pipeline.allocate import admit_allocate, allocate, check_allocation, check_budget
+from bitmosaic.pipeline.calibrate import Statistics, calibrate
 from bitmosaic.pipeline.common import (
     Track,
     claim,
@@ -32,9 +33,11 @@ from bitmosaic.pipeline.common import (
     read_json,
     tokens_digest,
 )
+from bitmosaic.pipeline.needs import calibrate_need, pack_need
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
 from bitmosaic.pipeline.places import FINISHED, clear_published, empty, exclusive, publish, retract
+from bitmosaic.pipeline.preflight import FREE, KEPT, Limits, admit
 
 RUN = "run.json"
 ALLOCATION = "allocation.safetensors"
@@ -49,6 +52,7 @@ class QuantizeOptions:
         head: format of an untied output head, or ``keep``.
         overwrite: replace an existing output, and drop an unfinished run of another kind.
         memory_cap: bytes of block inputs kept in memory before files are used.
+        limits: the most memory that any stage may take, and whom they tell what they need.
         shard_bytes: largest size of one output file.
         keep_statistics: where to leave statistics and scores for further budgets; None drops them.
         text: plain JSON about the calibration text (digest, sketch), kept in recipe.json.
@@ -57,7 +61,8 @@ class QuantizeOptions:
     embedding: str = "int8"
     head: str = "int8"
     overwrite: bool = False
-    memory_cap: int = DEFAULT_MEMORY_CAP
+    memory_cap: int = KEPT
+    limits: Limits = FREE
     shard_bytes: int = SHARD_BYTES
     keep_statistics: Path | None = None
     text: Any = ""
@@ -94,10 +99,13 @@ def quantize(
     measures = bool(method.block_statistics)
     if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
-    identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = work_directory(output)
     clear_published(output, work)
     check_output(output, options.overwrite)
+    options = _admitted(
+        source, method, budget, plan, work, tokens, allocation, statistics_directory, options
+    )
+    identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     with exclusive(work):
         _prepare(output, work, options.overwrite, identity)
         return _run(
@@ -113,6 +121,35 @@ def quantize(
             options,
             track,
         )
+
+
+def _admitted(
+    source: Source,
+    method: Method,
+    budget: Budget | None,
+    plan: OutputPlan,
+    work: Path,
+    tokens: Tensor | None,
+    allocation: Allocation | None,
+    statistics_directory: Path | None,
+    options: QuantizeOptions,
+) -> QuantizeOptions:
+    """Refuse, before any stage, what one of them may not take; return what is left to be kept."""
+    limits, shape = options.limits, None if tokens is None else tokens.shape
+    names = needed_statistics(method, allocation)
+    if shape is not None and _calibrates(method, allocation, statistics_directory):
+        where = options.keep_statistics or work / "statistics"
+        admit(calibrate_need(source, names, shape, where), limits)
+    if allocation is None:
+        admit_allocate(source, method, work, limits)
+    size = tensor_bytes(source)
+    if allocation is not None:
+        size = plan.total_bytes(allocation.layers)
+    elif budget is not None and budget.size is not None:
+        size = budget.size
+    kept = admit(pack_need(source, method, shape, size, work), limits)
+    told = replace(limits, announce=None)
+    return replace(options, memory_cap=min(options.memory_cap, kept), limits=told)
 
 
 def _run(
@@ -145,6 +182,7 @@ def _run(
             plan=plan,
             cache=None if measured else work,
             tokens=tokens,
+            limits=options.limits,
             track=track,
         )
         allocation.save(work / ALLOCATION)
@@ -311,6 +349,7 @@ def _statistics(
         options.keep_statistics or work / "statistics",
         names=names,
         memory_cap=options.memory_cap,
+        limits=options.limits,
         track=track,
         text=options.text,
     )

@@ -15,7 +15,7 @@ from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.allocation.widths import Width
 from bitmosaic.bands import BandRule
 from bitmosaic.methods.base import BlockScores
-from bitmosaic.pipeline.calibrate import INPUT_SCORES
+from bitmosaic.pipeline.common import INPUT_SCORES
 
 _SIDES = ("in_permutation", "out_permutation", "in_importance", "out_importance")
 

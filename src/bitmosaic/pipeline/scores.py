@@ -23,8 +23,17 @@ from bitmosaic.model.structure import (
     permute_residual_block,
     permute_rows,
 )
-from bitmosaic.pipeline.calibrate import INPUT_SCORES, Statistics
-from bitmosaic.pipeline.common import Track, block_file, blocks, claim, digest, quiet, structures
+from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.common import (
+    INPUT_SCORES,
+    Track,
+    block_file,
+    blocks,
+    claim,
+    digest,
+    quiet,
+    structures,
+)
 from bitmosaic.pipeline.score_files import load_scores, save_scores
 from bitmosaic.statistics.activation import ActivationNorms
 

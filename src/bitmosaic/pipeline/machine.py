@@ -1,0 +1,103 @@
+"""What this machine has and does: memory, and a fifth of a second of measured speeds."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmosaic import rounding
+from bitmosaic.allocation import uniform
+from bitmosaic.statistics.base import ReproducibleSum
+
+_SIDE = 1024
+_TOKENS = 256
+
+
+def resident() -> int:
+    """Return the resident bytes of this process."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """Return the most resident bytes that this process ever had."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # no Linux: nothing is known, and nothing refused for it
+        return 0
+    return next((int(each.split()[1]) * 1024 for each in lines if each.startswith(key)), 0)
+
+
+def available_memory() -> int:
+    """Return what this process can have: its own, what the machine has free, what a group allows.
+
+    Where none of it is known, more than any machine has.
+    """
+    found = [2**60]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                found.append(resident() + int(line.split()[1]) * 1024)
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
+        for folder in (group, ""):
+            limit = Path("/sys/fs/cgroup") / folder.lstrip("/") / "memory.max"
+            if limit.is_file() and limit.read_text().strip().isdigit():
+                found.append(int(limit.read_text()))
+    except OSError:
+        pass
+    return min(found)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second.
+
+    Attributes:
+        products: floating-point operations of float32 matrix products.
+        sums: weights added to an exact sum.
+        roundings: weights rounded to nearest and packed.
+        bytes_read: bytes digested, which is slower than reading them from a page cache.
+    """
+
+    products: float
+    sums: float
+    roundings: float
+    bytes_read: float
+
+    @classmethod
+    @functools.cache
+    def measure(cls) -> Rates:
+        """Time each on a small piece, once in a process."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(_TOKENS, _SIDE, generator=generator)
+        weight = torch.randn(_SIDE, _SIDE, generator=generator)
+        total = ReproducibleSum(weight.shape)
+        plan = uniform((_SIDE, _SIDE), "int4-g128")
+        data = bytes(1 << 24)
+        return cls(
+            products=2 * _TOKENS * _SIDE**2 / _best(lambda: x @ weight),
+            sums=weight.numel() / _best(lambda: total.add(weight, squared=True)),
+            roundings=weight.numel() / _best(lambda: rounding.nearest(weight, plan)),
+            bytes_read=len(data) / _best(lambda: hashlib.sha256(data)),
+        )
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """Return the least seconds of three, after one to warm up."""
+    work()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
