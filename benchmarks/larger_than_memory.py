@@ -151,19 +151,19 @@ def products(blocks: int, geometry: str) -> dict[str, float]:
 
 def commands(model: Path, place: Path, cap: str, threads: int) -> dict[str, list[str]]:
     """Return the four commands in the order in which they run."""
-    program = [sys.executable, "-m", "bitmosaic"]
-    common = ["--max-memory", cap, "--threads", str(threads)]
     statistics, plan, packed = place / "statistics", place / "plan.safetensors", place / "packed"
-    calibration = ["--calibration", "stdlib:train", "--samples", str(SAMPLES)]
-    calibration += ["--seqlen", str(TOKENS), "--method", "sfmp", "--output", str(statistics)]
-    allocation = ["--statistics", str(statistics), "--bits", str(BITS), "--base", "nearest"]
+    written = {
+        "calibrate": f"{model} --calibration stdlib:train --samples {SAMPLES} --seqlen {TOKENS} "
+        f"--method sfmp --output {statistics}",
+        "allocate": f"{model} --statistics {statistics} --bits {BITS} --base nearest "
+        f"--output {plan}",
+        "quantize": f"{model} --allocation {plan} --output {packed}",
+        "evaluate": f"{packed} --text stdlib:heldout --windows 1 --seqlen {WINDOW}",
+    }
+    common = f"--max-memory {cap} --threads {threads}"
     return {
-        "calibrate": [*program, "calibrate", str(model), *calibration, *common],
-        "allocate": [*program, "allocate", str(model), *allocation, "--output", str(plan), *common],
-        "quantize": [*program, "quantize", str(model), "--allocation", str(plan)]
-        + ["--output", str(packed), *common],
-        "evaluate": [*program, "evaluate", str(packed), "--text", "stdlib:heldout"]
-        + ["--windows", "1", "--seqlen", str(WINDOW), *common],
+        stage: [sys.executable, "-m", "bitmosaic", stage, *f"{text} {common}".split()]
+        for stage, text in written.items()
     }
 
 
@@ -194,10 +194,8 @@ def measure(place: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the checkpoint, run the commands, and judge."""
     model = options.model or place / "model"
     if not model.is_dir():
-        run(
-            [sys.executable, str(HERE / "larger_checkpoint.py"), str(model)]
-            + ["--blocks", str(options.blocks), "--geometry", options.geometry]
-        )
+        writer = [sys.executable, str(HERE / "larger_checkpoint.py"), str(model)]
+        run([*writer, "--blocks", str(options.blocks), "--geometry", options.geometry])
     stored = size(model, "*.safetensors")
     match = re.fullmatch(r"([\d.]+)(GiB|MiB)", options.max_memory)
     if match is None:

@@ -41,12 +41,17 @@ def evaluate_need(
         stored += size
         products += 2 * weights * tokens
     facts = config.get_text_config()
+    vocabulary = getattr(facts, "vocab_size", 0)
     wide = max(
         getattr(facts, key, 0) or 0 for key in ("hidden_size", "intermediate_size", "n_embd")
     )
     moments = {
         "loading": held | {"the largest array once more": largest},
-        "running": held | {"logits": 4 * BATCH_BYTES, "activations": 4 * _STATES * longest * wide},
+        "running": held
+        | {
+            "logits": 4 * min(BATCH_BYTES, 4 * tokens * vocabulary),
+            "activations": 4 * _STATES * longest * wide,
+        },
     }
     return Need(
         "evaluate",
