@@ -38,13 +38,8 @@ class MaskedModel:
     def __init__(
         self, problem: Problem, tokens: Tensor, place: Path, track: Track, teaches: bool
     ) -> None:
-<<<<<<< HEAD
         self._problem, self._source, self._place = problem, problem.source, place
         self._sweep = Sweep(self._source, tokens, memory_cap=KEPT, directory=place)
-=======
-        self._problem, self._source = problem, problem.source
-        self._sweep = Sweep(self._source, tokens, memory_cap=KEPT, directory=place)
->>>>>>> da64e94 (A cap of memory and a preflight for every stage; benchmark of a model larger than memory)
         self._track, self._teaches = track, teaches
         self._structures = structures(self._source)
         self._memory: dict[int, dict[str, Tensor]] = {}
