@@ -43,22 +43,21 @@ def make_budget(
 
 def make_limits(max_memory: str | int | None, announce: Announce | None = None) -> Limits:
     """Read a cap of resident memory: bytes, or text like 6GiB."""
-    if max_memory is None:
-        return Limits(None, announce)
-    size = max_memory if isinstance(max_memory, int) else _bytes(max_memory)
-    if size < 1:
-        raise ValueError(f"max_memory must be at least one byte, not {size}. Write it like 6GiB.")
-    return Limits(size, announce)
+    memory = None if max_memory is None else read_bytes("max_memory", max_memory)
+    return Limits(memory, announce)
 
 
-def _bytes(text: str) -> int:
-    try:
-        size = parse_size(text).size
-    except ValueError:
-        size = None
-    if size is None:
+def read_bytes(thing: str, value: str | int) -> int:
+    """Read a number of bytes, given as one or as text like 6GiB; `thing` is what errors name."""
+    size = value if isinstance(value, int) else None
+    if isinstance(value, str):
+        try:
+            size = parse_size(value).size
+        except ValueError:
+            size = None
+    if size is None or size < 1:
         raise ValueError(
-            f"max_memory must be a number with a unit like GiB, GB, MiB or MB, not {text!r}. "
+            f"{thing} must be a number with a unit like GiB, GB, MiB or MB, not {value!r}. "
             "Write it like 6GiB."
         )
     return size

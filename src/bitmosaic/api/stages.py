@@ -19,6 +19,7 @@ from bitmosaic.api.requests import (
     make_budget,
     make_limits,
     make_method,
+    read_bytes,
     statistics_of,
 )
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
@@ -28,7 +29,7 @@ from bitmosaic.pipeline import QuantizeOptions, Statistics
 from bitmosaic.pipeline.allocate import admit_allocate, check_budget
 from bitmosaic.pipeline.calibrate import EVERY, MANIFEST, clear_gradients
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
-from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
 from bitmosaic.pipeline.preflight import Limits
 from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
@@ -179,6 +180,7 @@ def quantize(
     head: str = "int8",
     overwrite: bool = False,
     resume: bool = False,
+    shard_size: str | int | None = None,
     max_memory: str | int | None = None,
     announce: Announce | None = None,
     track: Track = quiet,
@@ -206,6 +208,7 @@ def quantize(
         overwrite: Replace an existing output.
         resume: Take a finished output of the same run for the answer; its facts then hold
             ``already_complete``.
+        shard_size: Largest size of one tensor file (or one tensor): bytes, or text like "2GB".
         max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
         announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
@@ -216,6 +219,7 @@ def quantize(
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
     budget = make_budget(bits, size, fp4)
     limits = make_limits(max_memory, announce)
+    shard_bytes = SHARD_BYTES if shard_size is None else read_bytes("shard_size", shard_size)
     plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
     if (budget is None) == (plan is None):
         raise ValueError(
@@ -228,7 +232,7 @@ def quantize(
         check_output(output, overwrite)
     source = Source(model)
     if budget is not None:
-        check_budget(source, chosen, budget, OutputPlan(source, embedding, head))
+        check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))
     directory = None
     if statistics is not None and needed_statistics(chosen, plan):
         directory = Path(statistics)
@@ -244,7 +248,9 @@ def quantize(
     facts = {} if text is None else text.facts
     if directory is not None:
         facts = _statistics_for(source, directory, text, track, limits) or facts
-    options = QuantizeOptions(embedding, head, overwrite, limits=limits, text=facts)
+    options = QuantizeOptions(
+        embedding, head, overwrite, limits=limits, shard_bytes=shard_bytes, text=facts
+    )
     with nothing_left(work_directory(output)):
         return pipeline.quantize(
             source,

@@ -79,7 +79,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windo
 
 OPTIONS = frozenset(
     "model output bits size fp4 energy energy_table method calibration samples seqlen seed "
-    "statistics allocation embedding head overwrite resume max_memory announce track".split()
+    "statistics allocation embedding head overwrite resume shard_size max_memory announce "
+    "track".split()
 )
 """What `--set` must not name, being no parameter of a method."""
 

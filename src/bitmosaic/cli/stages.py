@@ -232,6 +232,12 @@ def quantize(
             "unfinished one is the default).",
         ),
     ] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest size of one tensor file, e.g. 2GB (default: 5GB).", show_default=False
+        ),
+    ] = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
@@ -258,6 +264,7 @@ def quantize(
             head=head,
             overwrite=overwrite,
             resume=resume,
+            shard_size=shard_size,
             max_memory=max_memory,
             announce=reporter.announce,
             track=reporter.track,
