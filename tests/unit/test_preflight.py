@@ -40,7 +40,7 @@ def source(kit: Path) -> Source:
 
 def need(size: int, disk: int = 0, where: Path = Path(), remedy: str = "") -> Need:
     moments = {"narrow": {"little": 1}, "wide": {"a block": size, "crumbs": 1}}
-    return Need("calibrate", moments, disk, where, products=1e13, remedy=remedy)
+    return Need("calibrate", moments, 2 * KEPT, disk, where, products=1e13, remedy=remedy)
 
 
 def test_the_widest_moment_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import time
@@ -28,6 +29,14 @@ def resident() -> int:
 def peak_resident() -> int:
     """Return the most resident bytes that this process ever had."""
     return _status("VmHWM")
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library keeps some and can be told to."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 def _status(key: str) -> int:

@@ -98,6 +98,7 @@ def calibrate_need(
     """Say what measuring statistics over tokens of `shape` [samples, tokens] needs."""
     sizes, (samples, tokens) = Sizes(source), shape
     block, work = 4 * sizes.block, sizes.activations(tokens)
+    states = 4 * samples * tokens * sizes.hidden
     names = [name for name in names if name != INPUT_SCORES]
     kinds: dict[str, list[str]] = {}
     for name in names:
@@ -116,15 +117,20 @@ def calibrate_need(
             "activations": work,
             "sums of inputs": _sums(kinds.get("input_gradient", ()), inputs),
         }
+        moments["saving"] = {
+            "a block in float32": block,
+            f"values of {', '.join(of_weights)}": 4 * sizes.block * len(of_weights),
+            "gradients of the block's inputs": 2 * states,
+        }
         moments["loss"] = {
             "the output head in float32": 4 * sizes.table,
             "logits": 4 * min(LOGIT_BYTES, 4 * tokens * sizes.table // sizes.hidden),
         }
     passes = 2 + 6 * ("backward" in moments)
-    states = 4 * samples * tokens * sizes.hidden
     return Need(
         "calibrate",
         moments,
+        states=states * (sizes.blocks + 3),
         disk=max(
             4 * sizes.weights * len(of_weights) + states * (sizes.blocks + 3) - _written(directory),
             0,
@@ -180,21 +186,25 @@ def pack_need(
     sizes, rest = Sizes(source), tensor_bytes(source) - 2 * Sizes(source).weights
     block = {"a block in float32": 4 * sizes.block, "its packed arrays": sizes.block}
     block |= {"a matrix in another order": 8 * sizes.largest}
-    products = 0.0
+    products, states, start = 0.0, 0, {}
     if shape is not None and method.block_statistics:
         samples, tokens = shape
+        states = 4 * samples * tokens * sizes.hidden
+        start = {"block inputs in another order": 3 * states}
         block |= {"activations": sizes.activations(tokens)}
         block |= _of_inputs(method.block_statistics, sizes.inputs(), _COMPENSATED)
         products = _BESIDE * 4 * samples * tokens * sizes.weights
         products += sum(out * width**2 for part in sizes.shapes for out, width in part.values())
     moments = {
         "proof": {"a block and two of random weights": 12 * sizes.block},
-        "embeddings": {"tables": max(rest, 0), "their packed arrays": 4 * sizes.tables},
+        "embeddings": {"tables": max(rest, 0), "their packed arrays": 2 * sizes.tables},
+        "start": start,
         "block": block,
     }
     return Need(
         "quantize",
         moments,
+        states=3 * states,
         disk=max(2 * output - _written(work), 0),
         where=work,
         products=products,

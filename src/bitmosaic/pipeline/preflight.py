@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmosaic.pipeline.machine import Rates, available_memory, resident
+from bitmosaic.pipeline.machine import Rates, available_memory, give_back, resident
 
 KEPT = 256 * 2**20
 """Bytes of kept block inputs that are worth having in memory."""
@@ -48,6 +48,7 @@ class Need:
     Attributes:
         stage: the command's name.
         moments: for each wide moment the bytes of memory by consumer.
+        states: bytes of block inputs that it would like to keep in memory.
         disk: bytes of files that it will write.
         where: where it writes them.
         products: floating-point operations in matrix products.
@@ -59,6 +60,7 @@ class Need:
 
     stage: str
     moments: Mapping[str, Mapping[str, int]]
+    states: int = 0
     disk: int = 0
     where: Path = Path()
     products: float = 0.0
@@ -89,6 +91,7 @@ class Need:
 
 def admit(need: Need, limits: Limits) -> int:
     """Refuse what cannot be done; announce the rest; return the room for kept block inputs."""
+    give_back()  # what an earlier stage has freed shall not count against this one
     memory, allowed = need.memory, limits.memory or available_memory()
     if memory > allowed:
         raise ValueError(_too_large(need, memory, allowed, capped=limits.memory is not None))
@@ -98,17 +101,17 @@ def admit(need: Need, limits: Limits) -> int:
             f"{need.where} must have {_size(need.disk)} free for {need.stage}, not {_size(free)}. "
             "Free some space, or give another directory."
         )
-    if limits.announce is None:
-        return KEPT if limits.memory is None else min(KEPT, allowed - memory)
-    rates = Rates.measure()
-    seconds = need.seconds(rates)
-    if limits.memory is not None or seconds >= _WORTH_TELLING:
-        parts = [f"{_size(memory)} of memory (of {_size(allowed)})"]
-        if need.disk:
-            parts.append(f"{_size(need.disk)} of disk (of {_size(free)} free)")
-        parts.append(f"about {_time(seconds)} at {rates.products / 1e9:.0f} GFLOP/s")
-        limits.announce(f"{need.stage} needs {', '.join(parts)}")
-    return KEPT if limits.memory is None else min(KEPT, allowed - memory)
+    kept = min(KEPT, need.states, allowed - memory)
+    if limits.announce is not None:
+        rates = Rates.measure()
+        seconds = need.seconds(rates)
+        if limits.memory is not None or seconds >= _WORTH_TELLING:
+            parts = [f"{_size(memory + kept)} of memory (of {_size(allowed)})"]
+            if need.disk:
+                parts.append(f"{_size(need.disk)} of disk (of {_size(free)} free)")
+            parts.append(f"about {_time(seconds)} at {rates.products / 1e9:.0f} GFLOP/s")
+            limits.announce(f"{need.stage} needs {', '.join(parts)}")
+    return kept
 
 
 def _too_large(need: Need, memory: int, allowed: int, *, capped: bool) -> str:
