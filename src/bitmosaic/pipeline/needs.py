@@ -23,6 +23,8 @@ _FACTORED = 36
 _COMPENSATED = 40
 """The same while a matrix is rounded by it."""
 _OF_INPUTS = ("pivots", "hessian")
+_PROOF = 64
+"""Bytes that a proof of what may be reordered moves, for each weight of a block."""
 _BESIDE = 1.3
 """Time of a block over that of its matrix products: attention, norms, gates."""
 
@@ -173,8 +175,8 @@ def allocate_need(source: Source, method: Method, directory: Path) -> Need:
         moments,
         disk=2 * costs,
         where=directory,
-        rounded=sizes.weights * len(candidates) / 2,
-        moved=2 * tensor_bytes(source) + 4 * sizes.weights * len(parts),
+        rounded=sizes.weights * (len(candidates) + 1),
+        moved=2 * tensor_bytes(source) + 4 * sizes.weights * len(parts) + _PROOF * sizes.block,
         remedy="use larger tiles" if costs > 4 * sizes.block else "",
     )
 
@@ -208,8 +210,8 @@ def pack_need(
         disk=max(2 * output - _written(work), 0),
         where=work,
         products=products,
-        rounded=sizes.weights + sizes.tables,
-        moved=2 * tensor_bytes(source) + 3 * output,
+        rounded=1.5 * (sizes.weights + sizes.tables),
+        moved=2 * tensor_bytes(source) + 3 * output + _PROOF * sizes.block,
         remedy="round to nearest: --base nearest" if method.block_statistics else "",
     )
 
