@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from bitmosaic import ranks
+
 BIN_BITS = 40
 """Width of a bin: bin j holds the binary digits of weight 2^(40 j) up to 2^(40 (j + 1))."""
 
@@ -114,6 +116,20 @@ class ReproducibleSum:
             self._low[rows].add_(torch.mul(other._low[rows], stays[rows], out=digits))
             self._low[rows].add_(torch.mul(other._high[rows], moves[rows], out=digits))
         self.count += other.count
+
+    def join(self) -> None:
+        """Add up what all processes of the job have summed, each becoming the whole.
+
+        The sums are of integers in the same bins, so no order of the processes changes a bit.
+        """
+        top, count = self._top.clone(), torch.tensor([self.count])
+        ranks.largest(top)
+        ranks.add(count)
+        self._check_count(int(count))
+        self._raise_top(top)
+        ranks.add(self._high)
+        ranks.add(self._low)
+        self.count = int(count)
 
     def value(self) -> Tensor:
         """Return the sum, rounded to float32.
@@ -223,6 +239,9 @@ class Accumulator(Protocol):
     def merge(self, other: Any, /) -> None:
         """Add the contributions of another accumulator of the same shape."""
 
+    def join(self) -> None:
+        """Add the contributions of all processes of the job, in each of them."""
+
     def state(self) -> dict[str, Tensor]:
         """Return all there is to know, as tensors."""
 
@@ -283,6 +302,14 @@ class Statistic(ABC, Generic[Value]):
         for name, part in self.sums().items():
             part.merge(other.sums()[name])
         self.observations += other.observations
+
+    def join(self) -> None:
+        """Add the samples of all processes of the job, in each of them."""
+        for part in self.sums().values():
+            part.join()
+        observations = torch.tensor([self.observations])
+        ranks.add(observations)
+        self.observations = int(observations)
 
     def state(self) -> dict[str, Tensor]:
         """Return the exact accumulator as flat tensors, for files and for merging across processes.
