@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import reliability_kit as kit
 from figures import at_least, at_most
-from together import Job, one_command, start_server
+from together import Job, announcing, one_command, start_server
 
 SLOWEST = 15.0
 """Seconds in which a job must have ended when one of its processes is gone."""
@@ -43,11 +44,14 @@ def run(parent: Path, quick: bool) -> list[dict[str, Any]]:
 
 
 def _killed(made: Path, parent: Path, times: int) -> list[dict[str, Any]]:
-    """Kill one process at a random moment; let another number of processes go on."""
+    """Kill one process at a random moment; let another number of processes go on.
+
+    Not before they have come together: until then it is torchrun that ends the others.
+    """
     start_server()
     generator = random.Random(0)
-    methods = [kit.quantizing(made, name) for name in kit.QUANTIZE]
-    commands = [kit.calibrating(made), *methods]
+    commands = [kit.calibrating(made), *(kit.quantizing(made, name) for name in kit.QUANTIZE)]
+    commands = [replace(each, words=(*each.words, "--samples", "5")) for each in commands]
     wholes: dict[str, tuple[dict[str, bytes], float]] = {}
     wrong, slowest, died = [], 0.0, 0
     for number in range(times):
@@ -56,7 +60,6 @@ def _killed(made: Path, parent: Path, times: int) -> list[dict[str, Any]]:
         if command.name not in wholes:
             with kit.fresh(command, parent) as place:
                 kit.done(command, place)
-                began = time.perf_counter()
                 whole = kit.content(place)
             with kit.fresh(command, parent) as place:
                 began = time.perf_counter()
@@ -64,8 +67,11 @@ def _killed(made: Path, parent: Path, times: int) -> list[dict[str, Any]]:
                 wholes[command.name] = whole, time.perf_counter() - began
         whole, seconds = wholes[command.name]
         with kit.fresh(command, parent) as place:
-            job = Job(count, parent / "logs", one_command, command.line(place))
+            logs = Path(tempfile.mkdtemp(dir=parent))
+            job = Job(count, logs, announcing, logs, command.line(place))
             victim = generator.randrange(count)
+            while not all((logs / str(rank)).exists() for rank in range(count)):
+                time.sleep(0.01)
             time.sleep(generator.uniform(0, seconds))
             os.kill(job.processes[victim].pid or 0, signal.SIGKILL)
             began = time.perf_counter()
@@ -175,9 +181,3 @@ def _on_two_hosts(command: kit.Command, parent: Path) -> str:
         if "left there: []" not in ended[1][1]:
             return f"{command.name}: the second host has written files: {ended[1][1]}"
     return ""
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as directory:
-        for row in run(Path(directory), "--quick" in sys.argv):
-            print(row)

@@ -89,6 +89,15 @@ def one_command(line: Sequence[object]) -> None:
     app([str(word) for word in line])
 
 
+def announcing(place: Path, line: Sequence[object]) -> None:
+    """Run a command line, and leave a file in a directory once all processes have come together."""
+    from bitmosaic import ranks
+
+    with ranks.joined():
+        (place / str(ranks.index())).touch()
+        one_command(line)
+
+
 def failing(error: type[Exception], rank: int, at: int, line: Sequence[object]) -> None:
     """Run a command line, but let one process fail at its n-th contribution to a sum."""
     from bitmosaic.statistics.base import ReproducibleSum
