@@ -93,7 +93,7 @@ def joined() -> Iterator[None]:
     """Join the other processes that torchrun has started, if any, until the block ends.
 
     Where a process fails, dies or is interrupted, all end: the others raise its error with its name
-    (ValueError for bad input, else LostRankError), or are ended after some seconds.
+    (ValueError for bad input, KeyboardInterrupt, else LostRankError), or are ended after seconds.
 
     Raises:
         LostRankError: The others could not be reached, or one of them is gone.

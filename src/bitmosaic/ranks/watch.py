@@ -53,7 +53,7 @@ class Watch:
         """Connect, by way of a torch.distributed store; LostRankError after so many seconds."""
         self.index, self.count = index, count
         self.hosts = [""] * count
-        self._news: Exception | None = None
+        self._news: BaseException | None = None
         self._heard = threading.Event()
         self._first_is_lost = False
         self._ending = False
@@ -85,7 +85,7 @@ class Watch:
         self._send({"by": self.index, "kind": "done"})
         signal.signal(signal.SIGTERM, self._before)
 
-    def explain(self, error: Exception) -> Exception:
+    def explain(self, error: Exception) -> BaseException:
         """Say who is gone, where waiting for others has failed."""
         if self._heard.wait(_NEWS):
             assert self._news is not None
@@ -182,14 +182,14 @@ class Watch:
         signal.pthread_kill(self._main.ident or 0, signal.SIGTERM)
         self._force()
 
-    def _error(self, message: dict[str, Any]) -> Exception:
+    def _error(self, message: dict[str, Any]) -> BaseException:
         by, text = int(message["by"]), message.get("text", "")
         who = f"process {by} of {self.count} on {self.hosts[by]}"
         go_on = "The same command goes on, with any number of processes."
         if message["kind"] == "input":
             return ValueError(f"{who}: {text}")
         if message["kind"] == "interrupted":
-            return LostRankError(f"{who} was interrupted. {go_on}")
+            return KeyboardInterrupt(f"{who} was interrupted. {go_on}")
         if message["kind"] == "failed":
             return LostRankError(f"{who} has failed: {text} {go_on}")
         self._first_is_lost = by == 0
