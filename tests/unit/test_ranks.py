@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +161,23 @@ def test_a_master_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def lonely() -> None:
-    import os
-    from datetime import timedelta
-
     os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
     ranks._JOINING = timedelta(seconds=1)
     unreachable()
+
+
+def disagreeing(what: str) -> None:
+    if what == "command":
+        sys.argv = ["bitmosaic", "--bits", "3" if os.environ["RANK"] == "1" else "2"]
+    else:
+        torch.set_num_threads(1 + int(os.environ["RANK"]))
+    unreachable()
+
+
+@pytest.mark.parametrize(("what", "said"), [("command", "'--bits', '2'"), ("threads", "not 1 in")])
+def test_what_would_change_bytes_must_be_the_same(tmp_path: Path, what: str, said: str) -> None:
+    job = Job(2, tmp_path / "logs", disagreeing, what)
+    assert job.wait() == [1, 1]
+    for text in job.said():
+        assert f"{what} must be the same in all processes" in text
+        assert said in text

@@ -185,7 +185,9 @@ class _Stderr(logging.Handler):
     """Writes records to whatever stderr is now, so that a progress bar can make room."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's others would say the same
+            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _send_warnings_to_stderr() -> None:

@@ -24,6 +24,7 @@ from bitmosaic.model.structure import InputGroup
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.common import (
     Track,
+    agree_on_model,
     block_file,
     claim,
     finished,
@@ -82,7 +83,7 @@ def calibrate(
         "blocks": len(source.block_names),
         "text": text,
     }
-    ranks.agree("model", source.digest, "Copy the same model to every host.")
+    agree_on_model(source)
     own = own_samples(tokens)
     with exclusive(directory):
         claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")

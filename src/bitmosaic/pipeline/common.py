@@ -190,6 +190,12 @@ def unreached_anywhere(names: Iterable[str], reached: set[str]) -> set[str]:
     return {name for name, each in zip(names, seen.tolist(), strict=True) if not each}
 
 
+def agree_on_model(source: Source) -> None:
+    """Refuse to go on where hosts have different models under the same name."""
+    if ranks.count() > 1:  # a digest takes seconds, which one process need not spend yet
+        ranks.agree("model", source.digest, "Copy the same model to every host.")
+
+
 def own_samples(tokens: Tensor) -> Tensor:
     """Return the calibration sequences [samples, tokens] that this process works on."""
     if len(tokens) < ranks.count():

@@ -34,6 +34,7 @@ from bitmosaic.pipeline.allocate import (
 from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, calibrate
 from bitmosaic.pipeline.common import (
     Track,
+    agree_on_model,
     claim,
     quiet,
     read_json,
@@ -93,7 +94,6 @@ def quantize(
     options = options or QuantizeOptions()
     plan = OutputPlan(source, options.embedding, options.head, options.shard_bytes)
     _check_request(method, budget, allocation, tokens, statistics_directory)
-    ranks.agree("model", source.digest, "Copy the same model to every host.")
     if allocation is not None:
         check_allocation(source, allocation)
         _check_statistics(method, allocation)
@@ -103,6 +103,7 @@ def quantize(
     measures = bool(method.block_statistics)
     if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
+    agree_on_model(source)
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = work_directory(output)
     if ranks.first():

@@ -22,6 +22,7 @@ from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, permute_residual_block
 from bitmosaic.pipeline.common import (
     Track,
+    agree_on_model,
     block_file,
     blocks,
     claim,
@@ -67,6 +68,7 @@ def score(
                 f"{statistics.directory} must hold {', '.join(missing)} for method {method.name}. "
                 "Calibrate with these statistics."
             )
+    agree_on_model(source)
     key = digest([method.name, method.score_parameters()])[:16]
     if cache is None and statistics is not None:
         cache = statistics.directory
