@@ -8,7 +8,8 @@ LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
-.PHONY: bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-larger bench-cpu bench-pruned size clean
+.PHONY: bench-ranks bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-larger bench-cpu
+.PHONY: bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -126,6 +127,10 @@ energy-sweep: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
+
+# Some minutes; needs two cores that do nothing else.
+bench-ranks: $(STAMP)
+	$(BIN)/python benchmarks/ranks.py --json benchmarks/results/ranks.json $(ARGS)
 
 # Under a minute.
 bench-scale-search: $(STAMP)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitmosaic import checkpoint, pipeline
+from bitmosaic import checkpoint, pipeline, ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.api.energy import DEFAULT_TABLE, share_within
 from bitmosaic.api.energy import energy_table as lookup
@@ -26,9 +26,11 @@ from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
-from bitmosaic.pipeline.allocate import admit_allocate, check_budget
-from bitmosaic.pipeline.calibrate import EVERY, MANIFEST, clear_gradients
+from bitmosaic.pipeline.allocate import admit_allocate, check_budget, check_processes, decided
+from bitmosaic.pipeline.calibrate import EVERY
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
+from bitmosaic.pipeline.gradients import clear_gradients
+from bitmosaic.pipeline.measured import MANIFEST, read_manifest
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
 from bitmosaic.pipeline.preflight import Limits
@@ -127,7 +129,7 @@ def allocate(
     table = lookup(energy_table)
     limits = make_limits(max_memory, announce)
     target = None if output is None else Path(output)
-    if target is not None and target.exists() and not overwrite:
+    if target is not None and ranks.told(target.exists) and not overwrite:
         raise FileExistsError(
             f"{target} must not exist yet. Give another output, or --overwrite to replace it."
         )
@@ -143,8 +145,13 @@ def allocate(
         admit_allocate(source, chosen, where, limits)
         limits = replace(limits, announce=None)
         scores, _ = pipeline.score(source, chosen, statistics=measured, track=track)
-        share, found = share_within(chosen, scores, float(energy), table)
-        budget, recipe = Budget(fp4=share), {"energy": found.facts()}
+
+        def within() -> Any:
+            share, found = share_within(chosen, scores, float(energy), table)
+            return [share, found.facts()]
+
+        share, facts = ranks.told(within)
+        budget, recipe = Budget(fp4=share), {"energy": facts}
     assert budget is not None
     allocation = pipeline.allocate(
         source,
@@ -157,7 +164,7 @@ def allocate(
         track=track,
     )
     allocation = replace(allocation, recipe=allocation.recipe | recipe)
-    if target is not None:
+    if target is not None and ranks.first():
         allocation.save(target)
     return allocation
 
@@ -220,16 +227,16 @@ def quantize(
     budget = make_budget(bits, size, fp4)
     limits = make_limits(max_memory, announce)
     shard_bytes = SHARD_BYTES if shard_size is None else read_bytes("shard_size", shard_size)
-    plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
+    plan = None if allocation is None else _loaded(Path(allocation))
     if (budget is None) == (plan is None):
         raise ValueError(
             "quantize must have either a budget or an allocation. Give one of --bits, --size, "
             "--fp4 and --allocation."
         )
     chosen = choose_method(method, parameters, plan)
-    clear_published(output, work_directory(output))
-    if not (resume and output.exists()):
-        check_output(output, overwrite)
+    if plan is None:
+        check_processes(chosen)
+    _check_place(output, overwrite, resume)
     source = Source(model)
     if budget is not None:
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))
@@ -241,10 +248,11 @@ def quantize(
         _require_text(chosen, calibration)
         assert calibration is not None
         text = _open_text(source, calibration, samples, seqlen, seed, track)
-    if resume and output.exists():
+    if resume and ranks.told(output.exists):
         used = text if directory is None or chosen.block_statistics else None
         request = _request(source, chosen, budget, plan, used, embedding, head)
-        return _finished(output, request)
+        done: dict[str, Any] = ranks.told(lambda: _finished(output, request))
+        return done
     facts = {} if text is None else text.facts
     if directory is not None:
         facts = _statistics_for(source, directory, text, track, limits) or facts
@@ -275,23 +283,36 @@ def nothing_left(directory: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        if not existed:
+        if ranks.first() and not existed:
             remove_left(directory)
         raise
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be an allocation file, but there is none.")
-    return path
+def _loaded(path: Path) -> Allocation:
+    def load() -> Allocation:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} must be an allocation file, but there is none.")
+        return Allocation.load(path)
+
+    return decided(load)
+
+
+def _check_place(output: Path, overwrite: bool, resume: bool) -> None:
+    if ranks.first():
+        clear_published(output, work_directory(output))
+        if not (resume and output.exists()):
+            check_output(output, overwrite)
 
 
 def _is_finished(directory: Path) -> bool:
-    try:
-        Statistics.open(directory)
-    except FileNotFoundError:
-        return False
-    return True
+    def found() -> bool:
+        try:
+            read_manifest(directory)
+        except FileNotFoundError:
+            return False
+        return True
+
+    return bool(ranks.told(found))
 
 
 def _needs_text(method: Method, allocation: Allocation | None, statistics: Path | None) -> bool:
@@ -321,11 +342,13 @@ def _open_text(
 ) -> CalibrationText:
     if isinstance(calibration, CalibrationText):
         return calibration
+
     opened = [
         open_calibration(source.path, name, samples=samples, seqlen=seqlen, seed=seed)
-        for name in track([calibration], "read text", 1)
+        for name in track([calibration] if ranks.first() else [], "read text", 1)
     ]
-    return opened[0]
+    tokens = ranks.given(lambda: {"tokens": opened[0].tokens})["tokens"]
+    return CalibrationText(tokens, ranks.told(lambda: opened[0].facts))
 
 
 def _measure(
@@ -356,7 +379,7 @@ def _statistics_for(
         assert text is not None
         _measure(source, directory, text, track, limits)
     clear_gradients(directory)
-    manifest: dict[str, Any] = read_json(directory / MANIFEST)
+    manifest: dict[str, Any] = ranks.told(lambda: read_json(directory / MANIFEST))
     return manifest.get("text")
 
 

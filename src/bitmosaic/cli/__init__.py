@@ -37,10 +37,9 @@ def _options(
     """Fit a language model into a stated number of bytes."""
 
 
+for _stage in (stages.quantize, stages.calibrate, stages.allocate):
+    app.command()(guarded(_stage, splits=True))
 for _command in (
-    stages.quantize,
-    stages.calibrate,
-    stages.allocate,
     measure.evaluate,
     measure.generate,
     measure.inspect,

@@ -20,19 +20,29 @@ import torch
 from torch import Tensor
 
 import bitmosaic
+from bitmosaic import ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
 from bitmosaic.model.inventory import tensor_bytes
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.allocate import admit_allocate, allocate, check_allocation, check_budget
-from bitmosaic.pipeline.calibrate import Statistics, calibrate
+from bitmosaic.pipeline.allocate import (
+    admit_allocate,
+    allocate,
+    check_allocation,
+    check_budget,
+    check_processes,
+    decided,
+)
+from bitmosaic.pipeline.calibrate import calibrate
 from bitmosaic.pipeline.common import (
     Track,
+    agree_on_model,
     claim,
     quiet,
     read_json,
     tokens_digest,
 )
+from bitmosaic.pipeline.measured import Statistics
 from bitmosaic.pipeline.needs import calibrate_need, pack_need
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
@@ -100,14 +110,17 @@ def quantize(
     if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
     work = work_directory(output)
-    clear_published(output, work)
-    check_output(output, options.overwrite)
+    if ranks.first():
+        clear_published(output, work)
+        check_output(output, options.overwrite)
     options = _admitted(
         source, method, budget, plan, work, tokens, allocation, statistics_directory, options
     )
+    agree_on_model(source)
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     with exclusive(work):
-        _prepare(output, work, options.overwrite, identity)
+        if ranks.first():
+            _prepare(output, work, options.overwrite, identity)
         return _run(
             source,
             method,
@@ -167,8 +180,8 @@ def _run(
 ) -> dict[str, Any]:
     """Do what of the stages is still to be done in the work directory, and publish."""
     needed = needed_statistics(method, allocation)
-    if allocation is None and (work / ALLOCATION).is_file():
-        allocation = Allocation.load(work / ALLOCATION)
+    if allocation is None and ranks.told((work / ALLOCATION).is_file):
+        allocation = decided(lambda: Allocation.load(work / ALLOCATION))
     measured = None
     if needed_statistics(method, allocation):
         measured = _statistics(source, needed, work, tokens, statistics_directory, options, track)
@@ -185,16 +198,21 @@ def _run(
             limits=options.limits,
             track=track,
         )
-        allocation.save(work / ALLOCATION)
+        if ranks.first():
+            allocation.save(work / ALLOCATION)
     packer = Packer(plan, method, allocation, work, tokens, options.memory_cap, measured)
     packer.run(track)
     facts = _facts(source, method, budget, allocation, tokens, options)
-    finished = work / FINISHED
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
-    total = assemble(plan, allocation, packer.index(), finished, facts)
-    publish(output, work)
-    return {**facts, "bytes": total}
+
+    def finish() -> int:
+        finished = work / FINISHED
+        shutil.rmtree(finished, ignore_errors=True)
+        finished.mkdir()
+        total = assemble(plan, allocation, packer.index(), finished, facts)
+        publish(output, work)
+        return total
+
+    return {**facts, "bytes": ranks.told(finish)}
 
 
 def _check_request(
@@ -209,6 +227,8 @@ def _check_request(
             "quantize must have either a budget or an allocation. Give --bits, --size or "
             "--allocation."
         )
+    if allocation is None:
+        check_processes(method)
     measures = bool(method.block_statistics)
     calibrates = _calibrates(method, allocation, statistics_directory)
     if method.learning is not None and allocation is None and tokens is None:
