@@ -8,7 +8,8 @@ LAYOUT  := $(VENV)/.layout
 NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
-.PHONY: bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-cpu bench-pruned size clean
+.PHONY: bench-ranks bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-larger bench-cpu
+.PHONY: bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -127,9 +128,17 @@ energy-sweep: $(STAMP)
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py --json benchmarks/results/scale.json $(ARGS)
 
+# Some minutes; needs two cores that do nothing else.
+bench-ranks: $(STAMP)
+	$(BIN)/python benchmarks/ranks.py --json benchmarks/results/ranks.json $(ARGS)
+
 # Under a minute.
 bench-scale-search: $(STAMP)
 	$(BIN)/python benchmarks/scale_search.py --json benchmarks/results/scale_search.json $(ARGS)
+
+# An hour of both cores and 55 GB of disk; ARGS='--blocks 2 --threads 1': a quarter of an hour, 6 GB.
+bench-larger: $(STAMP)
+	$(BIN)/python benchmarks/larger_than_memory.py --json benchmarks/results/larger_than_memory.json $(ARGS)
 
 # Some six minutes, and once five more to install the peers; QUICK=1: under a minute, without peers.
 # Both halves run even where the first misses a figure. ARGS go to the first: --parts one_token.

@@ -40,8 +40,8 @@ from bitmosaic.hardware.workload import Workload
 from bitmosaic.linear import QuantizedLinear, set_activations
 from bitmosaic.methods.fgmp import PAPER, Fgmp
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import structures
+from bitmosaic.pipeline.measured import Statistics
 from fgmp_checks import checks
 from quality import CASES, Case, Remembered
 

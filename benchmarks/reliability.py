@@ -31,6 +31,7 @@ PARTS = {
     "native": "hostile:run_native",
     "numbers": "numbers:run",
     "together": "together:run",
+    "ranks": "ranks:run",
     "traced": "traced:run",
 }
 """Each a function (directory, quick) -> rows in a module reliability_<name>.py."""

@@ -17,7 +17,7 @@ from bitmosaic.evaluation.divergence import divergence
 from bitmosaic.linear import QuantizedLinear, set_activations
 from bitmosaic.methods.toga import Toga
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.calibrate import Statistics
+from bitmosaic.pipeline.measured import Statistics
 
 OPTIONS = pipeline.QuantizeOptions(embedding="keep", head="keep", overwrite=True)
 """Embeddings and head stay as they are, as in the paper."""

@@ -314,3 +314,19 @@ def test_errors_become_one_line() -> None:
     assert sentence(denied) == (
         "file: the system says: Permission denied. Check the path and its permissions."
     )
+
+
+def test_output_files_of_a_chosen_size(kit: Path, tmp_path: Path) -> None:
+    method = ("--method", "rtn", "--format", "int4-g16")
+    for name, more in (("one", ()), ("many", ("--shard-size", "8KiB"))):
+        call = ["quantize", kit / "model", "--output", tmp_path / name, "--bits", "5.5", *method]
+        succeeded(run(*call, *more))
+    files = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(files) > 1
+    # No tensor of this model is larger; headers come on top.
+    assert all(file.stat().st_size < 2 * 8192 for file in files)
+    together = {name: each for file in files for name, each in load_file(file).items()}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert together.keys() == whole.keys()
+    assert all(together[name].equal(each) for name, each in whole.items())
+    refused(run(*call, "--overwrite", "--shard-size", "none"), "shard_size must be a number")

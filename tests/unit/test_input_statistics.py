@@ -16,8 +16,9 @@ from bitmosaic import checkpoint, pipeline
 from bitmosaic.activations import HIGH, LARGEST, LOW, ActivationRule
 from bitmosaic.allocation.thresholds import POLICIES
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.calibrate import EVERY, INPUT_SCORES, Statistics
+from bitmosaic.pipeline.calibrate import EVERY
 from bitmosaic.pipeline.common import block_file, quiet
+from bitmosaic.pipeline.measured import INPUT_SCORES, Statistics
 
 KINDS = ("llama", "opt", "mixtral")
 TOKENS = architectures.tokens(3, 12)

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitmosaic.statistics import ReproducibleSum, get, names
-from bitmosaic.statistics import base as statistics_base
+from bitmosaic.statistics import ReproducibleSum, get, names, sums
 from bitmosaic.statistics.base import CAPACITY
 
 SHAPE = (2, 3)
@@ -129,7 +128,7 @@ class TestReproducibleSum:
         whole = total(parts)
         other = total([part * 1e20 for part in parts])
         other.merge(whole)
-        monkeypatch.setattr(statistics_base, "_CHUNK_ELEMENTS", 10)  # two rows, and a ragged end
+        monkeypatch.setattr(sums, "_CHUNK_ELEMENTS", 10)  # two rows, and a ragged end
         assert_same_state(total(parts), whole)
         merged = total(parts)
         merged.merge(total([part * 1e20 for part in parts]))

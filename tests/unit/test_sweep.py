@@ -294,7 +294,7 @@ def test_loss_in_chunks_is_the_loss(directories, tokens, monkeypatch):
     directory = directories("gemma2")
     whole, losses = swept_gradients(directory, tokens, dtype=torch.float64)
     narrow, _ = swept_gradients(directory, tokens)
-    monkeypatch.setattr(loss_module, "_LOGIT_BYTES", 4 * VOCABULARY * 8)  # four tokens a chunk
+    monkeypatch.setattr(loss_module, "LOGIT_BYTES", 4 * VOCABULARY * 8)  # four tokens a chunk
     chunked, chunked_losses = swept_gradients(directory, tokens, dtype=torch.float64)
     assert torch.allclose(losses, chunked_losses, rtol=DOUBLE * TOKENS * VOCABULARY, atol=0)
     for key, gradients in whole.items():
@@ -389,8 +389,8 @@ def test_state_between_blocks_is_refused(keywords, message, directories, tokens,
     source = Source(directories("llama"))
     load_rest = source.load_rest
 
-    def tampered(dtype):
-        rest = load_rest(dtype)
+    def tampered(dtype, **parts):
+        rest = load_rest(dtype, **parts)
         forward = rest.model.forward
         rest.model.forward = lambda input_ids, **options: forward(
             input_ids=input_ids, **options, **keywords(input_ids)

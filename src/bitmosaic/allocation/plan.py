@@ -130,6 +130,10 @@ class Allocation:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, whole or not at all."""
+        checkpoint.write_tensors(path, *self.stored())
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what the file holds: tensors, and text by name."""
         tensors: dict[str, Tensor] = {}
         described: dict[str, Any] = {}
         for name, layer in self.layers.items():
@@ -155,13 +159,18 @@ class Allocation:
         tensors |= {f"{name}.tie": order.to(torch.int32) for name, order in self.ties.items()}
         if self.residual is not None:
             tensors["residual"] = self.residual.to(torch.int32)
-        metadata = {"layers": json.dumps(described), "recipe": json.dumps(self.recipe)}
-        checkpoint.write_tensors(path, tensors, metadata)
+        return tensors, {"layers": json.dumps(described), "recipe": json.dumps(self.recipe)}
 
     @classmethod
     def load(cls, path: Path) -> Allocation:
         """Read what `save` wrote."""
-        tensors, metadata = checkpoint.read_tensors(path)
+        return cls.read(*checkpoint.read_tensors(path), path)
+
+    @classmethod
+    def read(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object
+    ) -> Allocation:
+        """Make one of what a file holds; `path` is its name in errors."""
         if "layers" not in metadata or "recipe" not in metadata:
             raise ValueError(
                 f"{path} must be an allocation file, but its header has no layers. "
@@ -240,7 +249,7 @@ def _original_shape(described: Mapping[str, Any]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _rule(name: str, described: dict[str, Any], tensors: dict[str, Tensor]) -> Rule | None:
+def _rule(name: str, described: dict[str, Any], tensors: Mapping[str, Tensor]) -> Rule | None:
     """Read a layer's rule for activations; ValueError for a damaged one."""
     names = tuple(described["activations"])
     if not names:

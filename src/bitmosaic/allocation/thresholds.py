@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from bitmosaic import ranks
 from bitmosaic.activations import (
     HIGH,
     LARGEST,
@@ -157,6 +158,11 @@ class ScoreCounter:
                     score = tree_sum(square * padded_tiles(rule.sensitivity[None]))
                 index = _bin_of((score * self._units[policy]).flatten())
                 self._counts[policy] += torch.bincount(index, minlength=BINS)
+
+    def join(self) -> None:
+        """Add what all processes of the job have counted, in each of them."""
+        for counts in self._counts.values():
+            ranks.add(counts)
 
     def value(self) -> dict[str, InputScores]:
         """Return what was found, by policy."""

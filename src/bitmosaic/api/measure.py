@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bitmosaic import evaluation
+from bitmosaic.api.requests import Announce, make_limits
 from bitmosaic.evaluation.generation import Generation
 from bitmosaic.evaluation.generation import generate as run_generation
 from bitmosaic.evaluation.model import (
@@ -41,6 +42,8 @@ def evaluate(
     kv: str = "exact",
     dtype: str = "float32",
     device: str = "cpu",
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a model, packed or not, on a text; return a record of plain values.
@@ -59,6 +62,8 @@ def evaluate(
         kv: "exact", or "int4" for keys and values of the model in 4 bits.
         dtype: float32, bfloat16 or float16.
         device: Where the models run.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what will be needed.
         progress: Called with (windows done, windows in all).
     """
     check_activations(activations)
@@ -85,6 +90,7 @@ def evaluate(
             kv=kv,
             dtype=_DTYPES[dtype],
             device=device,
+            limits=make_limits(max_memory, announce),
             progress=progress,
         )
     except IndexError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from bitmosaic import methods
 from bitmosaic.allocation import Allocation, Budget, parse_size
 from bitmosaic.methods import Method
+from bitmosaic.pipeline.calibrate import EVERY
+from bitmosaic.pipeline.preflight import Limits
 
+Announce = Callable[[str], None]
 DEFAULT_METHOD = "sfmp"
 _ALIASES = {"score": "score_by"}  # a method's `score` is its hook, so the field has another name
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -36,6 +39,46 @@ def make_budget(
     if size is not None:
         return Budget(size=size) if isinstance(size, int) else parse_size(size)
     return None
+
+
+def make_limits(max_memory: str | int | None, announce: Announce | None = None) -> Limits:
+    """Read a cap of resident memory: bytes, or text like 6GiB."""
+    memory = None if max_memory is None else read_bytes("max_memory", max_memory)
+    return Limits(memory, announce)
+
+
+def read_bytes(thing: str, value: str | int) -> int:
+    """Read a number of bytes, given as one or as text like 6GiB; `thing` is what errors name."""
+    size = value if isinstance(value, int) else None
+    if isinstance(value, str):
+        try:
+            size = parse_size(value).size
+        except ValueError:
+            size = None
+    if size is None or size < 1:
+        raise ValueError(
+            f"{thing} must be a number with a unit like GiB, GB, MiB or MB, not {value!r}. "
+            "Write it like 6GiB."
+        )
+    return size
+
+
+def statistics_of(method: str | None, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name what a method asks for of the original model; without one what any method does."""
+    if method is None:
+        if parameters:
+            raise ValueError(
+                f"parameters must be of a method, not of none ({', '.join(parameters)}). "
+                "Give --method."
+            )
+        return EVERY
+    names = make_method(method, parameters).statistics
+    if not names:
+        raise ValueError(
+            f"method must be one that asks for statistics of the original model, not {method!r}. "
+            "It needs no `bitmosaic calibrate`."
+        )
+    return names
 
 
 def choose_method(

@@ -8,20 +8,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitmosaic import checkpoint, pipeline
+from bitmosaic import checkpoint, pipeline, ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.api.energy import DEFAULT_TABLE, share_within
 from bitmosaic.api.energy import energy_table as lookup
-from bitmosaic.api.requests import DEFAULT_METHOD, choose_method, make_budget, make_method
+from bitmosaic.api.requests import (
+    DEFAULT_METHOD,
+    Announce,
+    choose_method,
+    make_budget,
+    make_limits,
+    make_method,
+    read_bytes,
+    statistics_of,
+)
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
-from bitmosaic.pipeline.allocate import check_budget
-from bitmosaic.pipeline.calibrate import MANIFEST, clear_gradients
+from bitmosaic.pipeline.allocate import admit_allocate, check_budget, check_processes, decided
+from bitmosaic.pipeline.calibrate import EVERY
 from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
-from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.gradients import clear_gradients
+from bitmosaic.pipeline.measured import MANIFEST, read_manifest
+from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan
 from bitmosaic.pipeline.places import clear_published, remove_left
+from bitmosaic.pipeline.preflight import Limits
 from bitmosaic.pipeline.quantize import check_output, needed_statistics, work_directory
 
 DEFAULT_SAMPLES = 64
@@ -33,10 +45,14 @@ def calibrate(
     output: str | Path,
     *,
     calibration: str | Path | CalibrationText,
+    method: str | None = None,
     samples: int = DEFAULT_SAMPLES,
     seqlen: int | None = None,
     seed: int = 0,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
+    **parameters: Any,
 ) -> Statistics:
     """Measure a model's statistics on a calibration text and keep them in a directory.
 
@@ -44,14 +60,20 @@ def calibrate(
         model: Directory or hub id of the original.
         output: Directory for the statistics; an unfinished one of the same run is gone on with.
         calibration: Any source that `evaluation.read_text` takes.
+        method: Measure only what this method asks for; without it what any method does.
         samples: Windows chosen from the text.
         seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
         seed: Of the choice of windows.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
+        **parameters: The method's own.
     """
+    names = statistics_of(method, parameters)
+    limits = make_limits(max_memory, announce)
     source = Source(model)
     text = _open_text(source, calibration, samples, seqlen, seed, track)
-    return _measure(source, Path(output), text, track)
+    return _measure(source, Path(output), text, track, limits, names)
 
 
 def allocate(
@@ -69,6 +91,8 @@ def allocate(
     embedding: str = "int8",
     head: str = "int8",
     overwrite: bool = False,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
 ) -> Allocation:
@@ -89,6 +113,8 @@ def allocate(
         embedding: Format of the input embeddings, or "keep"; a budget by size counts it.
         head: The same for an output head that is not tied.
         overwrite: Replace an existing file.
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
@@ -101,8 +127,9 @@ def allocate(
             f"method must be fgmp for a budget of energy, not {method!r}. Use --bits or --size."
         )
     table = lookup(energy_table)
+    limits = make_limits(max_memory, announce)
     target = None if output is None else Path(output)
-    if target is not None and target.exists() and not overwrite:
+    if target is not None and ranks.told(target.exists) and not overwrite:
         raise FileExistsError(
             f"{target} must not exist yet. Give another output, or --overwrite to replace it."
         )
@@ -114,9 +141,17 @@ def allocate(
         tokens = _open_text(source, calibration, of["samples"], of["seqlen"], 0, track)
     recipe = {}
     if energy is not None:
+        where = None if measured is None else measured.directory
+        admit_allocate(source, chosen, where, limits)
+        limits = replace(limits, announce=None)
         scores, _ = pipeline.score(source, chosen, statistics=measured, track=track)
-        share, found = share_within(chosen, scores, float(energy), table)
-        budget, recipe = Budget(fp4=share), {"energy": found.facts()}
+
+        def within() -> Any:
+            share, found = share_within(chosen, scores, float(energy), table)
+            return [share, found.facts()]
+
+        share, facts = ranks.told(within)
+        budget, recipe = Budget(fp4=share), {"energy": facts}
     assert budget is not None
     allocation = pipeline.allocate(
         source,
@@ -125,10 +160,11 @@ def allocate(
         statistics=measured,
         plan=OutputPlan(source, embedding, head),
         tokens=None if tokens is None else tokens.tokens,
+        limits=limits,
         track=track,
     )
     allocation = replace(allocation, recipe=allocation.recipe | recipe)
-    if target is not None:
+    if target is not None and ranks.first():
         allocation.save(target)
     return allocation
 
@@ -151,6 +187,9 @@ def quantize(
     head: str = "int8",
     overwrite: bool = False,
     resume: bool = False,
+    shard_size: str | int | None = None,
+    max_memory: str | int | None = None,
+    announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
 ) -> dict[str, Any]:
@@ -176,6 +215,9 @@ def quantize(
         overwrite: Replace an existing output.
         resume: Take a finished output of the same run for the answer; its facts then hold
             ``already_complete``.
+        shard_size: Largest size of one tensor file (or one tensor): bytes, or text like "2GB".
+        max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
@@ -183,19 +225,21 @@ def quantize(
     if overwrite and resume:
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
     budget = make_budget(bits, size, fp4)
-    plan = None if allocation is None else Allocation.load(_existing(Path(allocation)))
+    limits = make_limits(max_memory, announce)
+    shard_bytes = SHARD_BYTES if shard_size is None else read_bytes("shard_size", shard_size)
+    plan = None if allocation is None else _loaded(Path(allocation))
     if (budget is None) == (plan is None):
         raise ValueError(
             "quantize must have either a budget or an allocation. Give one of --bits, --size, "
             "--fp4 and --allocation."
         )
     chosen = choose_method(method, parameters, plan)
-    clear_published(output, work_directory(output))
-    if not (resume and output.exists()):
-        check_output(output, overwrite)
+    if plan is None:
+        check_processes(chosen)
+    _check_place(output, overwrite, resume)
     source = Source(model)
     if budget is not None:
-        check_budget(source, chosen, budget, OutputPlan(source, embedding, head))
+        check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))
     directory = None
     if statistics is not None and needed_statistics(chosen, plan):
         directory = Path(statistics)
@@ -204,14 +248,17 @@ def quantize(
         _require_text(chosen, calibration)
         assert calibration is not None
         text = _open_text(source, calibration, samples, seqlen, seed, track)
-    if resume and output.exists():
+    if resume and ranks.told(output.exists):
         used = text if directory is None or chosen.block_statistics else None
         request = _request(source, chosen, budget, plan, used, embedding, head)
-        return _finished(output, request)
+        done: dict[str, Any] = ranks.told(lambda: _finished(output, request))
+        return done
     facts = {} if text is None else text.facts
     if directory is not None:
-        facts = _statistics_for(source, directory, text, track) or facts
-    options = QuantizeOptions(embedding=embedding, head=head, overwrite=overwrite, text=facts)
+        facts = _statistics_for(source, directory, text, track, limits) or facts
+    options = QuantizeOptions(
+        embedding, head, overwrite, limits=limits, shard_bytes=shard_bytes, text=facts
+    )
     with nothing_left(work_directory(output)):
         return pipeline.quantize(
             source,
@@ -236,23 +283,36 @@ def nothing_left(directory: Path) -> Iterator[None]:
     try:
         yield
     except ValueError:
-        if not existed:
+        if ranks.first() and not existed:
             remove_left(directory)
         raise
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be an allocation file, but there is none.")
-    return path
+def _loaded(path: Path) -> Allocation:
+    def load() -> Allocation:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} must be an allocation file, but there is none.")
+        return Allocation.load(path)
+
+    return decided(load)
+
+
+def _check_place(output: Path, overwrite: bool, resume: bool) -> None:
+    if ranks.first():
+        clear_published(output, work_directory(output))
+        if not (resume and output.exists()):
+            check_output(output, overwrite)
 
 
 def _is_finished(directory: Path) -> bool:
-    try:
-        Statistics.open(directory)
-    except FileNotFoundError:
-        return False
-    return True
+    def found() -> bool:
+        try:
+            read_manifest(directory)
+        except FileNotFoundError:
+            return False
+        return True
+
+    return bool(ranks.told(found))
 
 
 def _needs_text(method: Method, allocation: Allocation | None, statistics: Path | None) -> bool:
@@ -282,27 +342,44 @@ def _open_text(
 ) -> CalibrationText:
     if isinstance(calibration, CalibrationText):
         return calibration
+
     opened = [
         open_calibration(source.path, name, samples=samples, seqlen=seqlen, seed=seed)
-        for name in track([calibration], "read text", 1)
+        for name in track([calibration] if ranks.first() else [], "read text", 1)
     ]
-    return opened[0]
+    tokens = ranks.given(lambda: {"tokens": opened[0].tokens})["tokens"]
+    return CalibrationText(tokens, ranks.told(lambda: opened[0].facts))
 
 
-def _measure(source: Source, directory: Path, text: CalibrationText, track: Track) -> Statistics:
+def _measure(
+    source: Source,
+    directory: Path,
+    text: CalibrationText,
+    track: Track,
+    limits: Limits,
+    names: tuple[str, ...] = EVERY,
+) -> Statistics:
     with nothing_left(directory):
-        return pipeline.calibrate(source, text.tokens, directory, track=track, text=text.facts)
+        return pipeline.calibrate(
+            source,
+            text.tokens,
+            directory,
+            names=names,
+            limits=limits,
+            track=track,
+            text=text.facts,
+        )
 
 
 def _statistics_for(
-    source: Source, directory: Path, text: CalibrationText | None, track: Track
+    source: Source, directory: Path, text: CalibrationText | None, track: Track, limits: Limits
 ) -> Any:
     """Finish a statistics directory if it is not; return the facts of its text."""
     if not _is_finished(directory):
         assert text is not None
-        _measure(source, directory, text, track)
+        _measure(source, directory, text, track, limits)
     clear_gradients(directory)
-    manifest: dict[str, Any] = read_json(directory / MANIFEST)
+    manifest: dict[str, Any] = ranks.told(lambda: read_json(directory / MANIFEST))
     return manifest.get("text")
 
 

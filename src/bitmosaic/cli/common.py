@@ -7,7 +7,8 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -67,12 +68,20 @@ Seqlen = Annotated[
         show_default=False,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Resident memory that must not be exceeded, e.g. 6GiB (default: what is available).",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 
 OPTIONS = frozenset(
     "model output bits size fp4 energy energy_table method calibration samples seqlen seed "
-    "statistics allocation embedding head overwrite resume track".split()
+    "statistics allocation embedding head overwrite resume shard_size max_memory announce "
+    "track".split()
 )
 """What `--set` must not name, being no parameter of a method."""
 
@@ -83,17 +92,19 @@ def kept_bits(facts: Mapping[str, Any]) -> str:
     return "" if bits == facts["bits_per_weight"] else f", {bits:.4f} bits_per_kept_weight"
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
+def guarded(command: Callable[..., None], *, splits: bool = False) -> Callable[..., None]:
     """Turn bad input, a failing disk and an interrupt into one sentence and an exit code.
 
-    BITMOSAIC_DEBUG=1 shows the traceback instead.
+    BITMOSAIC_DEBUG=1 shows the traceback instead.  `splits` says that the processes that torchrun
+    starts divide the command's work; other commands are refused there.
     """
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         _send_warnings_to_stderr()
         try:
-            command(*arguments, **options)
+            with _together(command.__name__, splits):
+                command(*arguments, **options)
         except KeyboardInterrupt:
             _say("interrupted; run the same command to go on")
             raise typer.Exit(INTERRUPTED) from None
@@ -106,6 +117,32 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(BAD_INPUT) from None
 
     return run
+
+
+def leads() -> bool:
+    """Whether this process shows progress and results: of those of torchrun the first."""
+    return os.environ.get("RANK", "0") == "0" or not _started_by_torchrun()
+
+
+def _started_by_torchrun() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+@contextmanager
+def _together(command: str, splits: bool) -> Iterator[None]:
+    """Join the processes that torchrun has started."""
+    if not _started_by_torchrun():
+        yield
+        return
+    if not splits:
+        raise ValueError(
+            f"{command} must be run by one process, not {os.environ['WORLD_SIZE']}. "
+            "Start it without torchrun."
+        )
+    from bitmosaic import ranks  # lazy: imports torch, which `--help` shall not wait for
+
+    with ranks.joined():
+        yield
 
 
 def sentence(error: BaseException) -> str:
@@ -122,6 +159,8 @@ def sentence(error: BaseException) -> str:
 
 def results() -> Console:
     """Return the console for results: stdout, wide enough for tables where it is no terminal."""
+    if not leads():
+        return Console(quiet=True)
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     return Console(width=width, highlight=False, emoji=False)
 
@@ -154,7 +193,9 @@ class _Stderr(logging.Handler):
     """Writes records to whatever stderr is now, so that a progress bar can make room."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _say(f"{record.levelname.lower()}: {record.getMessage()}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's others would say the same
+            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _send_warnings_to_stderr() -> None:
@@ -167,4 +208,10 @@ def _send_warnings_to_stderr() -> None:
 
 
 def _say(message: str) -> None:
+    """Say how a command has ended: once on each host."""
+    if _started_by_torchrun():
+        from bitmosaic import ranks  # lazy: as above
+
+        if not ranks.speaks():
+            return
     print(message, file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from bitmosaic.cli.progress import Reporter
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.evaluation.generation import Generation, generate
 from bitmosaic.evaluation.model import open_tokenizer, silence_loading
-from bitmosaic.pipeline.calibrate import MANIFEST
+from bitmosaic.pipeline.measured import MANIFEST
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),

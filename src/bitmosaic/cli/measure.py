@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import bitmosaic
-from bitmosaic.cli.common import Model, Threads, kept_bits, results, set_threads
+from bitmosaic.cli.common import MaxMemory, Model, Threads, kept_bits, results, set_threads
 from bitmosaic.cli.progress import Reporter
 
 _FIGURES = (
@@ -89,6 +89,7 @@ def evaluate(
     kv: Kv = "exact",
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Measure perplexity by the GPTQ protocol, and divergence from the original.
@@ -109,6 +110,8 @@ def evaluate(
             kv=kv,
             dtype=dtype,
             device=device,
+            max_memory=max_memory,
+            announce=reporter.announce,
             progress=reporter.counter("evaluate"),
         )
     if json_file is not None:

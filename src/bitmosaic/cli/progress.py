@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bitmosaic.cli.common import leads
+
 LINE_SECONDS = 10.0
 
 
@@ -24,8 +26,9 @@ class Reporter:
     """Shows how far stages are; used as a context, so that its display ends with the work."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._bars = self._make_bars() if self._console.is_terminal else None
+        self._shown = leads()
+        self._console = console or Console(stderr=True, quiet=not self._shown)
+        self._bars = self._make_bars() if self._shown and self._console.is_terminal else None
         self._said = time.monotonic()
 
     def _make_bars(self) -> Progress:
@@ -51,6 +54,10 @@ class Reporter:
         if self._bars is not None:
             self._bars.stop()
 
+    def announce(self, line: str) -> None:
+        """Show a line of its own, above the bars."""
+        self._console.print(line, highlight=False, soft_wrap=True)
+
     def track(self, items: Iterable[Any], description: str, total: int) -> Iterator[Any]:
         """Hand items on, showing how many are done."""
         update = self._stage(description, total)
@@ -71,7 +78,7 @@ class Reporter:
     def say(self, description: str, done: int, total: int, began: float) -> None:
         """Write a plain line, at most one every `LINE_SECONDS`."""
         now = time.monotonic()
-        if now - self._said < LINE_SECONDS:
+        if not self._shown or now - self._said < LINE_SECONDS:
             return
         self._said = now
         left = "" if not done else f", {_clock((now - began) * (total - done) / done)} left"

@@ -13,6 +13,7 @@ from bitmosaic.cli.common import (
     Embedding,
     Fp4,
     Head,
+    MaxMemory,
     Model,
     Overwrite,
     Parameters,
@@ -65,9 +66,18 @@ def calibrate(
     model: Model,
     calibration: Annotated[str, typer.Option(help=TEXT_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="Directory for the statistics.", show_default=False)],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure only what this method asks for (default: what any of them does).",
+            show_default=False,
+        ),
+    ] = None,
     samples: Samples = 64,
     seqlen: Seqlen = None,
     seed: Seed = 0,
+    parameters: Parameters = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Measure what every weight is worth, on a calibration text, block by block."""
@@ -77,10 +87,14 @@ def calibrate(
             model,
             output,
             calibration=calibration,
+            method=method,
             samples=samples,
             seqlen=seqlen,
             seed=seed,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
+            **collect(parameters),
         )
     facts = found.manifest
     results().print(
@@ -126,6 +140,7 @@ def allocate(
     format: Format = None,
     parameters: Parameters = None,
     overwrite: Overwrite = False,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Decide the format of every tile under a budget, from statistics."""
@@ -148,6 +163,8 @@ def allocate(
             embedding=embedding,
             head=head,
             overwrite=overwrite,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
             **chosen,
         )
@@ -215,6 +232,13 @@ def quantize(
             "unfinished one is the default).",
         ),
     ] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest size of one tensor file, e.g. 2GB (default: 5GB).", show_default=False
+        ),
+    ] = None,
+    max_memory: MaxMemory = None,
     threads: Threads = None,
 ) -> None:
     """Fit a model into a budget: calibrate, allocate and quantize as far as needed."""
@@ -240,6 +264,9 @@ def quantize(
             head=head,
             overwrite=overwrite,
             resume=resume,
+            shard_size=shard_size,
+            max_memory=max_memory,
+            announce=reporter.announce,
             track=reporter.track,
             **chosen,
         )

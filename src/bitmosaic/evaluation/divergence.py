@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitmosaic.evaluation.logits import stretches, vocabulary_size
 from bitmosaic.evaluation.perplexity import (
     IGNORED,
     PerplexityResult,
@@ -21,9 +22,7 @@ from bitmosaic.evaluation.perplexity import (
     chunk_rows,
     default_batch,
     evaluating,
-    logits_of,
     summary,
-    vocabulary_size,
 )
 
 __all__ = ["DivergenceResult", "divergence"]
@@ -71,12 +70,12 @@ def divergence(
     agreements = done = 0
     with evaluating(model, reference):
         for inputs, targets in batches(sequences, batch or default_batch(model, sequences)):
-            rows = [_kept_rows(each, inputs, targets) for each in (model, reference)]
-            wanted = targets[targets != IGNORED]
-            for kl, pair, equal in _compare(rows[0], rows[1], wanted):
-                divergences.append(kl)
-                losses += pair
-                agreements += equal
+            for logits, part in stretches([model, reference], inputs, targets):
+                ours, theirs = (_kept_rows(each, part) for each in logits)
+                for kl, pair, equal in _compare(ours, theirs, part[part != IGNORED]):
+                    divergences.append(kl)
+                    losses += pair
+                    agreements += equal
             done += inputs.shape[0]
             if progress is not None:
                 progress(done, len(sequences))
@@ -93,9 +92,8 @@ def divergence(
     )
 
 
-def _kept_rows(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def _kept_rows(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the logits [tokens, vocabulary] of the positions that have a target, on the CPU."""
-    logits = logits_of(model, inputs)
     return logits[(targets != IGNORED).to(logits.device)].cpu()
 
 

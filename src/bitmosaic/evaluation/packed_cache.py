@@ -88,7 +88,8 @@ class WithPackedCache(nn.Module):
         """Run the model over whole sequences, [samples, tokens]."""
         cache = packed_cache(self.model.config)
         output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        self.bytes_per_token = bytes_per_token(cache)
+        if cache.get_seq_length():  # none where the hidden states are known already
+            self.bytes_per_token = bytes_per_token(cache)
         return output
 
 

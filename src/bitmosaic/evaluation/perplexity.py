@@ -10,18 +10,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bitmosaic.evaluation.logits import BATCH_BYTES, stretches, vocabulary_size
+
 __all__ = ["PerplexityResult", "perplexity"]
 
 Progress = Callable[[int, int], None]
 
-# One batch's logits, and the float32 working copy of a chunk of them, stay below these sizes.
-BATCH_BYTES = 128 * 2**20
+# The float32 working copy of a chunk of logits stays below this size.
 CHUNK_BYTES = 32 * 2**20
 IGNORED = -100
 
@@ -64,9 +64,10 @@ def perplexity(
     tokens = done = 0
     with evaluating(model):
         for inputs, targets in batches(sequences, batch or default_batch(model, sequences)):
-            losses = token_losses(logits_of(model, inputs), targets)
-            total += float(losses.sum(dtype=torch.float64))
-            tokens += losses.numel()
+            for (logits,), wanted in stretches([model], inputs, targets):
+                losses = token_losses(logits, wanted)
+                total += float(losses.sum(dtype=torch.float64))
+                tokens += losses.numel()
             done += inputs.shape[0]
             if progress is not None:
                 progress(done, len(sequences))
@@ -110,14 +111,6 @@ def check_windows(windows: Tensor | Sequence[Tensor], vocabulary: int) -> list[T
     return sequences
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Return the number of rows of the model's input embedding."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    # A packed embedding keeps the count, but its `weight` is empty.
-    count = getattr(embedding, "num_embeddings", None)
-    return int(embedding.weight.shape[0] if count is None else count)
-
-
 def default_batch(model: nn.Module, sequences: Sequence[Tensor]) -> int:
     """Return how many sequences keep the float32 logits of a batch within `BATCH_BYTES`."""
     longest = max(len(sequence) for sequence in sequences)
@@ -140,14 +133,6 @@ def batches(sequences: Sequence[Tensor], batch: int) -> Iterator[tuple[Tensor, T
             nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=0),
             nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         )
-
-
-def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the logits [windows, tokens, vocabulary] of tokens [windows, tokens]."""
-    device = getattr(model, "device", inputs.device)
-    output = model(input_ids=inputs.to(device), use_cache=False)
-    logits: Tensor = output.logits
-    return logits
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

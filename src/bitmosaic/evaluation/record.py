@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bitmosaic import __version__
 from bitmosaic.checkpoint import tensor_files
 from bitmosaic.evaluation.divergence import DivergenceResult, divergence
+from bitmosaic.evaluation.needs import evaluate_need
 from bitmosaic.evaluation.overlap import (
     TOLERATED,
     overlap,
@@ -36,6 +37,7 @@ from bitmosaic.evaluation.text import (
 )
 from bitmosaic.linear import PackedModule, check_activations, set_activations
 from bitmosaic.model.skeleton import resolve
+from bitmosaic.pipeline.preflight import FREE, Limits, admit
 
 __all__ = [
     "EvaluationText",
@@ -77,6 +79,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     batch: int | None = None,
+    limits: Limits = FREE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint on a text and return the record.
@@ -101,6 +104,7 @@ def evaluate(
         dtype: Type in which both models compute.
         device: Where both models run.
         batch: Windows run at once.
+        limits: The most memory to take, and whom to tell what is needed.
         progress: Called with (windows done, windows in all).
     """
     check_activations(activations)
@@ -110,6 +114,8 @@ def evaluate(
     chosen = open_text(
         tokenizer, text, seqlen=seqlen, split=split, limit=limit, by_document=by_document
     )
+    paths = [path] if reference is None else [path, resolve(reference)]
+    admit(evaluate_need(paths, chosen.windows, dtype), limits)
     loaded = load_model(path, activations=activations, dtype=dtype, device=device)
     ours = loaded if kv == "exact" else WithPackedCache(loaded)
     record: dict[str, Any] = {

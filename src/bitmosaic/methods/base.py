@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BASES = ("nearest", "awq", "gptq")
 SCORES = ("fisher", "fisher_error")
+_PIECE = 1 << 20
+"""Weights that are summed at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +368,12 @@ def _reorder(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Ten
 
 def tile_sums(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
     """Sum a matrix over tiles in float64: [tiles_out, tiles_in]."""
+    # In pieces of whole tiles: a large matrix in float64 would be the widest moment of scoring.
+    rows = tile[0] * max(1, _PIECE // (tile[0] * matrix.shape[1]))
+    return torch.cat([_tile_sums(part, tile) for part in matrix.split(rows)])
+
+
+def _tile_sums(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
     sums = matrix.to(torch.float64)
     for axis, size in enumerate(tile):
         starts = torch.arange(0, matrix.shape[axis], size)

@@ -43,7 +43,7 @@ from bitmosaic.methods.base import (
     require_one_of,
     tile_costs,
 )
-from bitmosaic.model.structure import Structure, Tie, tie_columns
+from bitmosaic.model.structure import Structure, tie_columns
 
 REORDERS = ("none", "per_matrix", "shared", "folded")
 SOLVERS = ("lagrangian", "two_level")
@@ -112,18 +112,15 @@ class Sfmp(RoundedMethod):
 
     def score(self, block: BlockView) -> BlockScores:
         """Reorder each matrix, then price its tiles."""
-        weights, fisher = dict(block.weights), dict(block.fisher)
         ties = self._tie_orders(block)
-        for tie in block.structure.ties:
-            if tie.consumer in ties:
-                _apply_tie(tie, ties[tie.consumer], (weights, fisher))
-        orders = self._orders(block, fisher)
+        orders = self._orders(block, ties)
         tables, importance = [], []
-        for name, weight in weights.items():
+        for name, weight in block.weights.items():
+            # One matrix at a time: a block and its Fisher information are in memory once.
             table, sums = tile_costs(
                 name,
-                weight,
-                fisher[name],
+                _tied(name, weight, block.structure, ties),
+                _tied(name, block.fisher[name], block.structure, ties),
                 (self.tile_out, self.tile_in),
                 self.formats,
                 self.score_by,
@@ -159,14 +156,17 @@ class Sfmp(RoundedMethod):
         return orders
 
     def _orders(
-        self, block: BlockView, fisher: dict[str, Tensor]
+        self, block: BlockView, ties: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Choose each layer's (in_permutation, out_permutation); None where folded or unwanted."""
         stored = self.stored_orders(block.structure)
         if not stored:
-            return dict.fromkeys(fisher, (None, None))
-        columns = {name: part.sum(0, dtype=torch.float64) for name, part in fisher.items()}
-        rows = {name: part.sum(1, dtype=torch.float64) for name, part in fisher.items()}
+            return dict.fromkeys(block.weights, (None, None))
+        columns, rows = {}, {}
+        for name, part in block.fisher.items():
+            tied = _tied(name, part, block.structure, ties)
+            columns[name] = tied.sum(0, dtype=torch.float64)
+            rows[name] = tied.sum(1, dtype=torch.float64)
         if self.reorder == "shared":
             for group in block.structure.inputs:
                 total = torch.stack([columns[name] for name in group.linears]).sum(0)
@@ -176,7 +176,7 @@ class Sfmp(RoundedMethod):
                 sorted_order(columns[name]) if stored[name][0] else None,
                 sorted_order(rows[name]) if stored[name][1] else None,
             )
-            for name in fisher
+            for name in block.weights
         }
 
 
@@ -185,14 +185,18 @@ def sorted_order(score: Tensor) -> Tensor:
     return torch.argsort(score, descending=True, stable=True)
 
 
-def _apply_tie(tie: Tie, order: Tensor, tables: tuple[dict[str, Tensor], ...]) -> None:
-    """Reorder producers' rows and the consumer's columns in weights and Fisher alike."""
-    columns = tie_columns(tie, order)
-    for table in tables:
-        table[tie.consumer] = table[tie.consumer][:, columns]
-        for name, copies in tie.producers.items():
-            rows = torch.cat([order + copy * tie.size for copy in range(copies)])
-            table[name] = table[name][rows]
+def _tied(name: str, matrix: Tensor, structure: Structure, ties: dict[str, Tensor]) -> Tensor:
+    """Reorder a matrix as the ties that it is a producer or the consumer of say."""
+    for tie in structure.ties:
+        order = ties.get(tie.consumer)
+        if order is None:
+            continue
+        if name == tie.consumer:
+            matrix = matrix[:, tie_columns(tie, order)]
+        elif name in tie.producers:
+            copies = range(tie.producers[name])
+            matrix = matrix[torch.cat([order + copy * tie.size for copy in copies])]
+    return matrix
 
 
 METHOD = Sfmp

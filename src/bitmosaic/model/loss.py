@@ -11,7 +11,7 @@ from bitmosaic.model.stub import Stub
 
 # Logits of a chunk of tokens. The loss holds about four tensors of this size at once: 64 MiB keep
 # a vocabulary of 256 000 below 300 MB, where all logits of 2048 tokens would take 8 GB.
-_LOGIT_BYTES = 64 * 2**20
+LOGIT_BYTES = 64 * 2**20
 
 
 def loss_gradient(
@@ -25,7 +25,7 @@ def loss_gradient(
     predictions = len(window) - 1
     wide = torch.promote_types(hidden.dtype, torch.float32)
     vocabulary = rest.config.get_text_config().vocab_size
-    step = max(1, _LOGIT_BYTES // (vocabulary * wide.itemsize))
+    step = max(1, LOGIT_BYTES // (vocabulary * wide.itemsize))
     gradient = torch.zeros_like(hidden)  # the last token predicts nothing
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, predictions, step):

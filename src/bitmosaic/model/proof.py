@@ -46,7 +46,7 @@ class Laboratory:
         self._before: dict[nn.Parameter, Tensor] = {}
         self._input_order: Tensor | None = None
         self._block_input = torch.empty(0)
-        self.block.register_forward_pre_hook(self._prepare_arguments, with_kwargs=True)
+        self._hook = self.block.register_forward_pre_hook(self._prepare_arguments, with_kwargs=True)
         for module in self.block.modules():
             if isinstance(module, Experts):
                 # mypy: replacing the method of one instance is the point
@@ -63,6 +63,14 @@ class Laboratory:
         self._input_of_block = _key(self._block_input)
         self._adopt_experts()
         self._bound = self._rounding_bound()
+
+    def release(self) -> None:
+        """Give the memory of two blocks back at once, which the hooks' circles would keep."""
+        self._hook.remove()
+        self._before.clear()
+        for module in self.block.modules():
+            if isinstance(module, Experts):
+                del module.forward
 
     def proves(self, touched: Iterable[str], change: Change, half: Change) -> bool:
         """Whether `change` leaves the output as it was, while `half` of it is visible.

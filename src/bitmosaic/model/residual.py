@@ -8,34 +8,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bitmosaic.formats.base import UnsupportedError
-from bitmosaic.model.structure import signature, structure
 from bitmosaic.model.stub import BlockReachedError, Stub, install_stubs, wrap_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitmosaic.model.source import Source
+    from bitmosaic.model.structure import Structure
 
 _TOKENS = 12
+_ROWS = 4096
 _UNIT_ROUNDOFF = 2.0**-24
 
 
-def residual_permutable(source: Source) -> bool:
+def residual_permutable(source: Source, of_block: Callable[[int], Structure]) -> bool:
     """Whether one permutation of the residual stream can be folded into the whole model.
 
-    Needs memory for the weights outside the blocks and for one block, and no more.
+    `of_block` gives the proved structure of a block by its index.
+    Needs memory for one block, and for little else: of the vocabulary some tokens are enough.
     """
-    rest = source.load_rest()
     tokens = _probe_tokens(source)
+    rest = source.load_rest(tokens=tokens, logits_of=tokens.unique())
     stubs = _stand_in(source, rest, tokens)
     before = _logits(rest, tokens)
-    if not _blocks_permutable(source, stubs):
+    if not all(of_block(index).residual_writers for index in range(len(stubs))):
         return False
     hidden = stubs[0].hidden
     permutation = torch.randperm(hidden.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -71,7 +73,9 @@ def permute_residual_rest(rest: PreTrainedModel, permutation: Tensor) -> None:
                     f"norms, not into {type(module).__name__}. Leave the residual stream as it is."
                 )
             if axis >= 0:
-                parameter.data.copy_(parameter.data.index_select(axis, permutation))
+                # Of a table over the vocabulary a second copy would be the widest moment of all.
+                for part in parameter.data.split(_ROWS) if axis == 1 else (parameter.data,):
+                    part.copy_(part.index_select(axis, permutation))
 
 
 def _residual_axis(module: nn.Module, name: str, parameter: nn.Parameter, width: int) -> int | None:
@@ -93,26 +97,11 @@ def _stand_in(source: Source, rest: PreTrainedModel, tokens: Tensor) -> list[Stu
         _logits(rest, tokens)
     stubs[0].stops = False
     with torch.no_grad():
-        wrap = wrap_like(_run(stubs[0])(source.load_block(0)))
+        block, call = source.load_block(0), stubs[0].call
+        wrap = wrap_like(block(stubs[0].hidden, *call.arguments, **call.keywords))
     for stub in stubs:
         stub.wrap = wrap
     return stubs
-
-
-def _run(stub: Stub) -> Callable[[nn.Module], Any]:
-    """Return what calls a block as the model called its stub."""
-    hidden, call = stub.hidden, stub.call
-    return lambda block: block(hidden, *call.arguments, **call.keywords)
-
-
-def _blocks_permutable(source: Source, stubs: list[Stub]) -> bool:
-    proved: dict[object, bool] = {}
-    for index, stub in enumerate(stubs):
-        block = source.empty_block(index)
-        key = signature(block)
-        if key not in proved:
-            proved[key] = bool(structure(block, _run(stub)).residual_writers)
-    return all(proved.values())
 
 
 def _probe_tokens(source: Source) -> Tensor:

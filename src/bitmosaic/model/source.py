@@ -107,16 +107,73 @@ class Source:
         normalise(block)
         return block.requires_grad_(False).eval()
 
-    def load_rest(self, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    def load_rest(
+        self,
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        tokens: Tensor | None = None,
+        logits_of: Tensor | None = None,
+    ) -> PreTrainedModel:
         """Return the model with all weights outside the blocks; the blocks stay on meta.
 
         Tied weights are one parameter.  The module is a fresh copy, the caller's to change.
+
+        Tables over the vocabulary are most of it, and can be read in part: with `tokens` only their
+        entries of the input embedding, for a model that is asked for no others; with `logits_of`
+        only these rows of the output head, which then gives these logits alone.  A tied table is
+        whole unless both are given; one of an unusual kind always is.
         """
         model = copy.deepcopy(self.skeleton)
-        for name, tensor in self._convert(self._rest_recipes, dtype):
-            _set_tensor(model, name, tensor)
+        tables, tied = self._tables
+        wanted = {
+            path: rows.unique() if path == self._embedding else rows
+            for path, rows in ((self._embedding, tokens), (self._head, logits_of))
+            if path in tables and rows is not None
+        }
+        if tied and len(wanted) < 2:
+            wanted = {}
+        in_part = {tables[path] for path in wanted}
+        for recipe in self._rest_recipes:
+            if recipe.sources[0][0] not in in_part:
+                for name, tensor in self._convert([recipe], dtype):
+                    _set_tensor(model, name, tensor)
         model.tie_weights(missing_keys=set(self._tied_away), recompute_mapping=False)
+        for path, rows in wanted.items():
+            weight = self.files.read(tables[path], dtype, rows)
+            _set_table(model.get_submodule(path), rows, weight)
         return model.requires_grad_(False).eval()
+
+    @property
+    def _embedding(self) -> str | None:
+        return self._path_of(self.skeleton.get_input_embeddings())
+
+    @property
+    def _head(self) -> str | None:
+        return self._path_of(self.skeleton.get_output_embeddings())
+
+    def _path_of(self, wanted: nn.Module | None) -> str | None:
+        return next((p for p, m in self.skeleton.named_modules() if m is wanted), None)
+
+    @cached_property
+    def _tables(self) -> tuple[dict[str, str], bool]:
+        """Name in the file of each table that can be read in part, by module; are they tied?"""
+        stored = {
+            recipe.target: recipe.sources[0][0]
+            for recipe in self._rest_recipes
+            if recipe.converter is None
+        }
+        paths = [
+            path
+            for path in (self._embedding, self._head)
+            if path is not None and _is_plain_table(self.skeleton.get_submodule(path))
+        ]
+        found = {path: stored[f"{path}.weight"] for path in paths if f"{path}.weight" in stored}
+        tied = f"{self._head}.weight" in self.skeleton.all_tied_weights_keys
+        if not tied:
+            return found, False
+        if len(found) != 1 or len(paths) < 2:  # stored twice, whether or not they are equal
+            return {}, True
+        return dict.fromkeys(paths, *found.values()), True
 
     def rest_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor as in the file) for all outside the blocks, tied ones once."""
@@ -302,3 +359,19 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def _is_plain_table(module: nn.Module) -> bool:
+    """Whether a module is an embedding, or a head without anything else over the vocabulary."""
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain and module.bias is None
+
+
+def _set_table(module: nn.Module, rows: Tensor, weight: Tensor) -> None:
+    """Give an embedding or a head some rows of its table; tokens find theirs by themselves."""
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    if isinstance(module, nn.Embedding):
+        module.padding_idx = None  # of gradients alone, and checked against the table's length
+        module.register_forward_pre_hook(lambda _, given: (torch.searchsorted(rows, given[0]),))

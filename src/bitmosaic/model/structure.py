@@ -102,8 +102,9 @@ def structure(block: nn.Module, run: Callable[[nn.Module], Any]) -> Structure:
     groups = [_with_producer(lab, group) for group in _input_groups(lab)]
     ties = [tie for group in groups for tie in _find_tie(lab, groups, group)]
     groups, ties = _spread_over_experts(lab, groups, ties)
-    found = Structure(tuple(groups), tuple(ties))
-    return _with_residual(lab, found)
+    found = _with_residual(lab, Structure(tuple(groups), tuple(ties)))
+    lab.release()
+    return found
 
 
 def signature(block: nn.Module) -> tuple[object, ...]:
@@ -118,7 +119,7 @@ def permute_tie(block: nn.Module, tie: Tie, permutation: Tensor) -> None:
     _check_permutation(permutation, tie.size, tie.segment)
     for name, count in tie.producers.items():
         rows = torch.cat([permutation + part * tie.size for part in range(count)])
-        permute_rows(block.get_submodule(name), rows)
+        permute_outputs(block.get_submodule(name), rows)
     permute_columns(matrix(block, tie.consumer).weight, tie_columns(tie, permutation))
 
 
@@ -168,12 +169,16 @@ def permute_columns(weight: Tensor, permutation: Tensor) -> None:
         rows.copy_(rows.index_select(1, permutation))
 
 
-def permute_rows(module: nn.Module, permutation: Tensor) -> None:
+def permute_rows(weight: Tensor, permutation: Tensor) -> None:
+    """Reorder the rows of a matrix, or the numbers of a vector, in place."""
+    for part in weight.data.split(_COLUMNS, dim=1) if weight.ndim == 2 else (weight.data,):
+        part.copy_(part.index_select(0, permutation))
+
+
+def permute_outputs(module: nn.Module, permutation: Tensor) -> None:
     """Reorder the rows of every parameter of a matrix or a norm in place, its bias too."""
     for parameter in module.parameters(recurse=False):
-        data = parameter.data
-        for part in data.split(_COLUMNS, dim=1) if data.ndim == 2 else (data,):
-            part.copy_(part.index_select(0, permutation))
+        permute_rows(parameter, permutation)
 
 
 def _divide_output(producer: nn.Module, group: InputGroup, scale: Tensor) -> None:
@@ -388,4 +393,4 @@ def permute_residual_block(block: nn.Module, structure: Structure, permutation: 
             for weight in readers(block, group):
                 permute_columns(weight, permutation)
     for name in (*structure.residual_writers, *structure.residual_norms):
-        permute_rows(block.get_submodule(name), permutation)
+        permute_outputs(block.get_submodule(name), permutation)

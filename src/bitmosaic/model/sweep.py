@@ -118,8 +118,9 @@ class Sweep:
         Raises UnsupportedError for a model whose blocks are called differently from sample to
         sample, or that hands state from block to block beside the hidden states.
         """
-        rest = self.source.load_rest(self.dtype)
-        self._check_vocabulary(rest)
+        self._check_vocabulary()
+        none = torch.empty(0, dtype=torch.int64)
+        rest = self.source.load_rest(self.dtype, tokens=self.tokens, logits_of=none)
         stubs = install_stubs(rest, self.source.block_names)
         wrap = self._learn_return(rest, stubs)
         for stub in stubs:
@@ -212,7 +213,7 @@ class Sweep:
         losses, float64 [samples]. The outputs of the last block are given up.
         """
         outputs = self.inputs(self.block_count)
-        rest = self.source.load_rest(self.dtype)
+        rest = self.source.load_rest(self.dtype, tokens=self.tokens)
         stubs = install_stubs(rest, self.source.block_names)
         for stub in stubs:
             stub.wrap = self._wrap
@@ -321,8 +322,8 @@ class Sweep:
             )
         return wrap_like(output)
 
-    def _check_vocabulary(self, rest: PreTrainedModel) -> None:
-        size = rest.get_input_embeddings().weight.shape[0]
+    def _check_vocabulary(self) -> None:
+        size = self.source.skeleton.get_input_embeddings().weight.shape[0]
         smallest, largest = int(self.tokens.min()), int(self.tokens.max())
         if smallest < 0 or largest >= size:
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LARGEST = 2.0**120  # of matrices: no model's, and float32 has room to round it and to learn grids
+_PIECE = 1 << 24  # bytes read at a time: a multiple of every type's size
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors format itself
 _DTYPES = {
     "F64": torch.float64,
@@ -76,21 +78,32 @@ class TensorFiles:
         """The longest side of any tensor."""
         return max((side for entry in self.entries.values() for side in entry.shape), default=0)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read one tensor and cast it to `dtype` if it is floating.
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Read one tensor, or some rows of a matrix, and cast it to `dtype` if it is floating.
 
+        A tensor that is cast is read in pieces, so that it is never in memory in both types.
         NaN, infinite values and matrices beyond float32's use raise ValueError naming the tensor.
         """
         entry = self.entries[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        wanted = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
+        result = torch.empty(shape, dtype=wanted)
+        range_ = _Range(name, entry)
         with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            _read_exactly(file, raw.numpy().data, entry.path)
-        tensor = raw.view(entry.dtype).reshape(entry.shape)
-        if not tensor.is_floating_point():
-            return tensor
-        _refuse_non_finite(tensor, name, entry.path)
-        return tensor if dtype is None else tensor.to(dtype)
+            for part, offset in _parts(result, entry, rows):
+                # What is kept as it is needs no second place.
+                raw = (
+                    part if wanted == entry.dtype else torch.empty(part.numel(), dtype=entry.dtype)
+                )
+                file.seek(entry.offset + offset)
+                _read_exactly(file, raw.view(torch.uint8).numpy().data, entry.path)
+                range_.add(raw)
+                if raw is not part:
+                    part.copy_(raw)
+        range_.check()
+        return result
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -219,21 +232,45 @@ def _read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
         done += count
 
 
-def _refuse_non_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """One pass without temporaries: minimum and maximum carry NaN and infinity along."""
-    if tensor.numel() == 0:
+def _parts(result: Tensor, entry: TensorEntry, rows: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    """Cut a tensor to be read into flat pieces, each with its offset in the stored one."""
+    if rows is None:
+        flat, size = result.view(-1), _PIECE // entry.dtype.itemsize
+        for number, part in enumerate(flat.split(size) if flat.numel() else ()):
+            yield part, number * size * entry.dtype.itemsize
         return
-    low, high = torch.aminmax(tensor)
-    if torch.isfinite(low) and torch.isfinite(high):
-        largest = max(-float(low), float(high))
-        if tensor.dim() in (2, 3) and largest > _LARGEST:
+    stride = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    for place, row in enumerate(rows.tolist()):
+        yield result[place].view(-1), row * stride
+
+
+class _Range:
+    """What the pieces of a tensor are found to hold, without temporaries: a pass for each."""
+
+    def __init__(self, name: str, entry: TensorEntry) -> None:
+        self._name, self._entry = name, entry
+        self._count, self._largest = 0, 0.0
+
+    def add(self, piece: Tensor) -> None:
+        if not piece.is_floating_point() or not piece.numel():
+            return
+        low, high = torch.aminmax(piece)  # both carry NaN and infinity along
+        if torch.isfinite(low) and torch.isfinite(high):
+            self._largest = max(self._largest, -float(low), float(high))
+        else:
+            self._count += int((~torch.isfinite(piece)).sum())
+
+    def check(self) -> None:
+        entry = self._entry
+        if self._count:
             raise ValueError(
-                f"{name}: weights must be at most {_LARGEST:g} in magnitude, but one in "
-                f"{path.name} is {largest:g}. The checkpoint is damaged; download or save it again."
+                f"{self._name}: weights must be finite, but {self._count} of "
+                f"{math.prod(entry.shape)} in {entry.path.name} are NaN or infinite. "
+                "The checkpoint is damaged; download or save it again."
             )
-        return
-    count = int((~torch.isfinite(tensor)).sum())
-    raise ValueError(
-        f"{name}: weights must be finite, but {count} of {tensor.numel()} in {path.name} are NaN "
-        "or infinite. The checkpoint is damaged; download or save it again."
-    )
+        if len(entry.shape) in (2, 3) and self._largest > _LARGEST:
+            raise ValueError(
+                f"{self._name}: weights must be at most {_LARGEST:g} in magnitude, but one in "
+                f"{entry.path.name} is {self._largest:g}. The checkpoint is damaged; download or "
+                "save it again."
+            )

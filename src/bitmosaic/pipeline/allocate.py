@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmosaic import formats
+from bitmosaic import formats, ranks
 from bitmosaic.allocation import (
     Allocation,
     Budget,
@@ -32,9 +32,11 @@ from bitmosaic.model.experts import matrix
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure
 from bitmosaic.model.widths import check_widths
-from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import Track, quiet, structures
+from bitmosaic.pipeline.measured import Statistics
+from bitmosaic.pipeline.needs import allocate_need
 from bitmosaic.pipeline.output import OutputPlan
+from bitmosaic.pipeline.preflight import FREE, Limits, admit
 from bitmosaic.pipeline.scores import score
 from bitmosaic.pipeline.search import search
 
@@ -50,6 +52,7 @@ def allocate(
     plan: OutputPlan | None = None,
     cache: Path | None = None,
     tokens: Tensor | None = None,
+    limits: Limits = FREE,
     track: Track = quiet,
 ) -> Allocation:
     """Decide the format of every tile of the model under a byte budget.
@@ -60,26 +63,57 @@ def allocate(
     """
     plan = plan or OutputPlan(source)
     check_budget(source, method, budget, plan)
+    check_processes(method)
     if method.learning is not None and tokens is None:
         raise ValueError(
             f"method {method.name} must have calibration text to learn its masks with. "
             "Give --calibration, or leave search=learned out."
         )
+    where = cache or (None if statistics is None else statistics.directory)
+    admit_allocate(source, method, where, limits)
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     if method.learning is not None:
         assert tokens is not None
         assert statistics is not None  # `score` needed them
         target = plan_budget(method, scores, budget, plan)
         scores = search(source, method, scores, target, tokens, statistics.directory, track=track)
-    layers = plan_budget(method, scores, budget, plan)
-    _report_pruned(layers)
-    ties = {name: order for part in scores for name, order in part.ties.items()}
-    allocation = narrowed(source, layers, ties)
-    return replace(
-        allocation,
-        recipe={"method": method.name, "parameters": method.parameters(), "budget": str(budget)},
-        residual=residual,
-    )
+
+    def decide() -> Allocation:
+        layers = plan_budget(method, scores, budget, plan)
+        _report_pruned(layers)
+        ties = {name: order for part in scores for name, order in part.ties.items()}
+        recipe = {"method": method.name, "parameters": method.parameters(), "budget": str(budget)}
+        return replace(narrowed(source, layers, ties), recipe=recipe, residual=residual)
+
+    return decided(decide)
+
+
+def decided(decide: Callable[[], Allocation]) -> Allocation:
+    """Let the first process make or read an allocation, and tell all."""
+    if ranks.count() == 1:
+        return decide()
+    stored = ranks.passed(lambda: decide().stored())
+    return Allocation.read(*stored, "the allocation of the first process")
+
+
+def check_processes(method: Method) -> None:
+    """Refuse, before any work, what only one process can do."""
+    if method.learning is not None and ranks.count() > 1:
+        raise ValueError(
+            f"method {method.name} with search=learned must be run by one process, not "
+            f"{ranks.count()}. Start `allocate` without torchrun, then quantize its allocation "
+            "with as many as you like."
+        )
+
+
+def admit_allocate(source: Source, method: Method, where: Path | None, limits: Limits) -> None:
+    """Refuse what the limits do not allow, before any work."""
+    if method.learning is not None and limits.memory is not None:
+        raise ValueError(
+            f"max_memory must not be given to method {method.name} with search=learned, since what "
+            "the search takes is not known beforehand. Leave one of them out."
+        )
+    admit(allocate_need(source, method, where or Path()), limits)
 
 
 def narrowed(

@@ -10,124 +10,45 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import backends, checkpoint, statistics
-from bitmosaic.allocation.thresholds import SCORE_PARTS, InputScores, ScoreCounter
+from bitmosaic import backends, checkpoint, ranks, statistics
+from bitmosaic.allocation.thresholds import ScoreCounter
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import InputGroup
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline.common import (
+    INPUT_SCORES,
     Track,
+    agree_on_model,
     block_file,
     claim,
+    finished,
+    join,
     observe_inputs,
+    own_samples,
     quiet,
-    read_json,
+    scratch,
     structures,
     tokens_digest,
+    unreached_anywhere,
     warn_unreached,
 )
+from bitmosaic.pipeline.gradients import drop_gradients, restore_gradients, save_gradients
+from bitmosaic.pipeline.measured import KINDS, MANIFEST, Statistics, by_kind
+from bitmosaic.pipeline.needs import calibrate_need
 from bitmosaic.pipeline.places import exclusive
+from bitmosaic.pipeline.preflight import FREE, KEPT, Limits, admit
 from bitmosaic.statistics import Statistic
-from bitmosaic.statistics.activation import ActivationNorms
 
-MANIFEST = "statistics.json"
-KINDS = {
-    "input": "inputs",
-    "gradient": "block",
-    "input_gradient": "block",
-    "mask_gradient": "block",
-}
-"""How a block's file is called, by what its statistics observe."""
-INPUT_SCORES = "input_scores"
-"""Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
-them and one more pass over each block."""
 _SCORES_NEED = ("input_amax", "input_fisher")
 EVERY = ("activation", "pivots", "fisher", "mask_fisher", *_SCORES_NEED, INPUT_SCORES)
 """What methods may ask for of the original model."""
-_GRADIENTS = "gradients.safetensors"
-DEFAULT_MEMORY_CAP = 256 * 2**20
-"""Bytes of block inputs kept in memory; beyond it they go to files."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """A finished statistics directory."""
-
-    directory: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, directory: Path) -> Statistics:
-        """Open what `calibrate` wrote; refuse an unfinished one."""
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} must hold {MANIFEST}. Make statistics with `bitmosaic calibrate`."
-            )
-        manifest = read_json(path)
-        for kind in _by_kind(manifest["statistics"]):
-            missing = [
-                index
-                for index in range(manifest["blocks"])
-                if not block_file(directory, index, kind).is_file()
-            ]
-            if missing:
-                raise FileNotFoundError(
-                    f"{directory} must hold statistics of all {manifest['blocks']} blocks, but "
-                    f"{len(missing)} are missing. Run the same `bitmosaic calibrate` to finish."
-                )
-        return cls(directory, manifest)
-
-    def check_model(self, source: Source) -> None:
-        """Refuse statistics of another model."""
-        if self.manifest["model"] != source.digest:
-            raise ValueError(
-                f"{self.directory} must hold statistics of {source.path}, but they are of another "
-                "model. Calibrate this model."
-            )
-
-    def read_input_scores(self, index: int, policy: str) -> dict[str, InputScores]:
-        """Read what is known of a block's inputs: name of the first that reads one -> scores."""
-        path = block_file(self.directory, index)
-        suffix = f".{INPUT_SCORES}.{policy}"
-        entries = checkpoint.read_entries(path)
-        names = {name.partition(suffix)[0] for name in entries if suffix in name}
-        return {
-            name: InputScores.from_tensors(
-                checkpoint.read_tensors(path, [f"{name}{suffix}.{part}" for part in SCORE_PARTS])[0]
-            )
-            for name in sorted(names)
-        }
-
-    def read_norms(self, index: int) -> dict[str, ActivationNorms]:
-        """Read the norms of the inputs of a block's layers."""
-        parts = [each.name for each in fields(ActivationNorms)]
-        read = {part: self.read(index, "activation", part) for part in parts}
-        return {
-            name: ActivationNorms(**{part: read[part][name] for part in parts})
-            for name in read[parts[0]]
-        }
-
-    def read(self, index: int, statistic: str, part: str = "") -> dict[str, Tensor]:
-        """Read one statistic of all layers of a block: name relative to the block -> tensor.
-
-        `part` is a field of a statistic that has several, or ``rows`` or ``columns``: the float64
-        sums of a [out, in] one.
-        """
-        suffix = f".{statistic}" + (f".{part}" if part else "")
-        path = block_file(self.directory, index, KINDS[statistics.get(statistic).observes])
-        names = [name for name in checkpoint.read_entries(path) if name.endswith(suffix)]
-        tensors, _ = checkpoint.read_tensors(path, names)
-        return {name.removesuffix(suffix): tensor for name, tensor in tensors.items()}
 
 
 def calibrate(
@@ -136,13 +57,15 @@ def calibrate(
     directory: Path,
     *,
     names: Sequence[str] = EVERY,
-    memory_cap: int = DEFAULT_MEMORY_CAP,
+    memory_cap: int = KEPT,
+    limits: Limits = FREE,
     track: Track = quiet,
     text: Any = "",
 ) -> Statistics:
     """Measure statistics of all linear layers over calibration sequences [samples, tokens].
 
     The same call goes on with an interrupted run of the same model, tokens and statistics.
+    At most `memory_cap` bytes of block inputs are kept in memory, less where `limits` say so.
     `text` (plain JSON: digest, sketch) is kept in the manifest, for evaluation to compare with.
     """
     if INPUT_SCORES in names:
@@ -153,6 +76,8 @@ def calibrate(
                 f"statistics must be of the original model here, not {name!r}. "
                 "It is measured while quantizing, on what is quantized already."
             )
+    need = calibrate_need(source, names, tokens.shape, directory)
+    memory_cap = min(memory_cap, admit(need, limits))
     identity = {
         "version": 1,
         "model": source.digest,
@@ -163,42 +88,31 @@ def calibrate(
         "blocks": len(source.block_names),
         "text": text,
     }
+    agree_on_model(source)
+    own = own_samples(tokens)
     with exclusive(directory):
         claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
-        kinds = _by_kind(names)
+        kinds = by_kind(names)
         last = {kind: _unfinished(directory, len(source.block_names), kind) for kind in kinds}
         if max(last.values(), default=-1) >= 0:
-            with Sweep(source, tokens, memory_cap=memory_cap, directory=directory) as sweep:
+            place = scratch(directory)
+            with Sweep(source, own, memory_cap=memory_cap, directory=place) as sweep:
                 if KINDS["gradient"] in kinds:
-                    _sweep(source, sweep, directory, kinds, last[KINDS["gradient"]], track)
+                    start = last[KINDS["gradient"]]
+                    save = functools.partial(
+                        save_gradients, directory, sweep, len(tokens), memory_cap
+                    )
+                    _sweep(source, sweep, directory, kinds, start, len(tokens), save, track)
                 else:
                     sweep.embed()
                     _forward(source, sweep, directory, kinds, sweep.block_count, track)
-        (directory / _GRADIENTS).unlink(missing_ok=True)
+        drop_gradients(directory)
         return Statistics.open(directory)
-
-
-def clear_gradients(directory: Path) -> None:
-    """Remove from finished statistics what a kill at their end left of the way there."""
-    with suppress(OSError):  # of a directory that is only to be read: it does no harm
-        (directory / _GRADIENTS).unlink(missing_ok=True)
-
-
-def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
-    """Sort statistics by the file that they go to."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kind = "gradient" if name == INPUT_SCORES else statistics.get(name).observes
-        kinds.setdefault(KINDS[kind], []).append(name)
-    return kinds
 
 
 def _unfinished(directory: Path, count: int, kind: str) -> int:
     """Return the last block without statistics; -1 when all have them."""
-    index = count - 1
-    while index >= 0 and block_file(directory, index, kind).is_file():
-        index -= 1
-    return index
+    return max({*range(count)} - finished(directory, count, kind), default=-1)
 
 
 def _forward(
@@ -212,16 +126,16 @@ def _forward(
     """Run the blocks before `stop`, measuring the inputs of those that have no such file yet."""
     keep = KINDS["gradient"] in kinds
     wanted = kinds.get(KINDS["input"], ())
+    done = finished(directory, sweep.block_count, KINDS["input"])
     for index in track(range(stop), "forward", stop):
-        block = source.load_block(index)
-        path = block_file(directory, index, KINDS["input"])
-        if not wanted or path.is_file():
-            sweep.forward(index, block, keep_inputs=keep)
+        if not wanted or index in done:
+            sweep.forward(index, source.load_block(index), keep_inputs=keep)
             continue
+        block = source.load_block(index)
         found = structures(source).of(index, block)
         sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
         measured: dict[str, Tensor] = {}
-        for group in found.inputs:
+        for group in found.inputs if ranks.first() else ():
             for name, statistic in sums[group.linears[0]].items():
                 try:
                     value = statistic.value()
@@ -232,7 +146,9 @@ def _forward(
                 for part, tensor in parts.items():
                     key = f"{name}.{part}" if part else name
                     measured |= {f"{layer}.{key}": tensor for layer in group.linears}
-        checkpoint.write_tensors(path, measured)
+        if ranks.first():
+            checkpoint.write_tensors(block_file(directory, index, KINDS["input"]), measured)
+        del block, sums, measured, value, parts, tensor  # before the next block comes
 
 
 def _sweep(
@@ -241,25 +157,24 @@ def _sweep(
     directory: Path,
     kinds: Mapping[str, Sequence[str]],
     last: int,
+    samples: int,
+    save: Callable[[], None],
     track: Track,
 ) -> None:
-    saved = directory / _GRADIENTS
     resumed = last < sweep.block_count - 1
     sweep.embed()
     # A resumed run needs the inputs up to the block it goes on with; a fresh one also the outputs.
     forward = last if resumed else sweep.block_count
     _forward(source, sweep, directory, kinds, forward, track)
     if resumed:
-        state, _ = checkpoint.read_tensors(saved)
         # The gradient of an earlier step is left if the run stopped between the two writes below:
         # then the step whose statistics exist is repeated for its gradient alone.
-        sweep.gradients = state
-        last = int(state["index"]) - 1
+        last = restore_gradients(directory, sweep, samples) - 1
         for index in range(forward, last):
             sweep.forward(index, source.load_block(index))
     else:
         sweep.loss_gradients()
-        checkpoint.write_tensors(saved, sweep.gradients)
+        save()
     for index in track(range(last, -1, -1), "backward", last + 1):
         block = source.load_block(index)
         measured, unreached = _Backward(source, directory, index, block).run(
@@ -267,9 +182,11 @@ def _sweep(
         )
         if KINDS["input"] not in kinds:  # else it was said when its inputs were measured
             warn_unreached(source.block_names[index], unreached)
-        checkpoint.write_tensors(block_file(directory, index), measured)
+        if ranks.first():
+            checkpoint.write_tensors(block_file(directory, index), measured)
         if index:  # what goes on from the first block is no block's
-            checkpoint.write_tensors(saved, sweep.gradients)
+            save()
+        del block, measured  # before the next block comes
 
 
 class _Backward:
@@ -311,7 +228,10 @@ class _Backward:
             observe={layer: _updater(parts) for layer, parts in input_sums.items()},
             keep_inputs=scores,
         )
-        measured = self._finish(sums) | _values(mask_sums)
+        for each in (sums, mask_sums, input_sums):
+            join(each)
+        unreached = unreached_anywhere(sums, reached)
+        measured = self._finish(sums) | _values(mask_sums) if ranks.first() else {}
         inputs = _values(input_sums)
         for name in of_inputs:
             for group in self._groups:
@@ -319,7 +239,7 @@ class _Backward:
                 measured |= {f"{layer}.{name}": value for layer in group.linears}
         if scores:
             measured |= self._scores(sweep, inputs)
-        return measured, sums.keys() - reached
+        return measured, unreached
 
     def _new(
         self, layers: Iterable[str], names: Sequence[str]
@@ -349,9 +269,11 @@ class _Backward:
         counters = {}
         rounding = backends.get("cpu").round_activations
         path = block_file(self._directory, self._index, KINDS["input"])
+        names = [f"{group.linears[0]}.input_amax" for group in self._groups]
+        largest = ranks.given(lambda: checkpoint.read_tensors(path, names)[0])
         for group in self._groups:
             first = group.linears[0]
-            amax = checkpoint.read_tensors(path, [f"{first}.input_amax"])[0][f"{first}.input_amax"]
+            amax = largest[f"{first}.input_amax"]
             norms = [
                 self._matrices[layer].weight.detach().double().square().sum(0)
                 for layer in group.linears
@@ -368,6 +290,8 @@ class _Backward:
 
         observe = {first: counting(counter) for first, counter in counters.items()}
         sweep.replay(self._index, self._block, observe)
+        for counter in counters.values():
+            counter.join()
         return {
             f"{first}.{INPUT_SCORES}.{policy}.{part}": tensor
             for first, counter in counters.items()

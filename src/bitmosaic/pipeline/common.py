@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, statistics
+from bitmosaic import checkpoint, ranks, statistics
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, signature, structure
@@ -21,6 +21,10 @@ from bitmosaic.model.sweep import Sweep
 from bitmosaic.statistics import Statistic
 
 logger = logging.getLogger(__name__)
+
+INPUT_SCORES = "input_scores"
+"""Beside the statistics of `statistics/`: scores of the tiles of activations, which need two of
+them and one more pass over each block."""
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable to show progress: (items, description, total) -> items."""
@@ -92,7 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) -> None:
-    """Make a directory ours for a run with this identity, or refuse if another's lies there."""
+    """Make a directory ours for a run with this identity, or refuse if another's lies there.
+
+    Like all of files, a matter of the first process alone.
+    """
+    if not ranks.first():
+        return
     path = directory / file
     if path.exists():
         found = read_json(path)
@@ -119,6 +128,8 @@ def claim(directory: Path, file: str, identity: Mapping[str, Any], remedy: str) 
 
 def warn_unreached(block: str, names: Iterable[str]) -> None:
     """Say how many experts of a block no calibration token was routed to."""
+    if not ranks.first():
+        return
     experts = sorted({name.rpartition(".")[0] for name in names})
     if experts:
         logger.warning(
@@ -141,7 +152,8 @@ def observe_inputs(
 ) -> dict[str, dict[str, Statistic[Any]]]:
     """Run a block on all samples and measure statistics of its inputs, each input once.
 
-    Returns the statistics by the first of the matrices that read an input.
+    Returns the statistics by the first of the matrices that read an input, of the samples of all
+    processes.
     """
     sums: dict[str, dict[str, Statistic[Any]]] = {}
     observe: dict[str, Callable[[int, Tensor], None]] = {}
@@ -161,8 +173,58 @@ def observe_inputs(
 
         observe[first] = update
     sweep.forward(index, block, observe=observe, keep_inputs=keep_inputs)
-    warn_unreached(sweep.source.block_names[index], sums.keys() - reached)
+    join(sums)
+    unreached = unreached_anywhere(sums, reached)
+    warn_unreached(sweep.source.block_names[index], unreached)
     return sums
+
+
+def join(sums: Mapping[str, Mapping[str, Statistic[Any]]]) -> None:
+    """Add up the statistics of all processes, in the same order everywhere."""
+    for parts in sums.values():
+        for statistic in parts.values():
+            statistic.join()
+
+
+def unreached_anywhere(names: Iterable[str], reached: set[str]) -> set[str]:
+    """Name the matrices that no token reached in any process."""
+    names = list(names)
+    seen = torch.tensor([name in reached for name in names], dtype=torch.uint8)
+    ranks.largest(seen)
+    return {name for name, each in zip(names, seen.tolist(), strict=True) if not each}
+
+
+def agree_on_model(source: Source) -> None:
+    """Refuse to go on where hosts have different models under the same name."""
+    if ranks.count() > 1:  # a digest takes seconds, which one process need not spend yet
+        ranks.agree("model", source.digest, "Copy the same model to every host.")
+
+
+def own_samples(tokens: Tensor) -> Tensor:
+    """Return the calibration sequences [samples, tokens] that this process works on."""
+    if len(tokens) < ranks.count():
+        raise ValueError(
+            f"samples must be at least one for each of {ranks.count()} processes, not "
+            f"{len(tokens)}. Start fewer processes, or give more --samples."
+        )
+    own = ranks.part(len(tokens))
+    return tokens[own.start : own.stop]
+
+
+def scratch(directory: Path) -> Path | None:
+    """Where a process may keep block inputs: in a run's directory, if its host has that."""
+    return directory if ranks.first() or directory.is_dir() else None
+
+
+def finished(directory: Path, count: int, kind: str = "block") -> set[int]:
+    """Tell which blocks have their file."""
+    return set(
+        ranks.told(
+            lambda: [
+                index for index in range(count) if block_file(directory, index, kind).is_file()
+            ]
+        )
+    )
 
 
 def block_file(directory: Path, index: int, kind: str = "block") -> Path:

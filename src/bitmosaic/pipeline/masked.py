@@ -22,9 +22,9 @@ from bitmosaic.bands import levels
 from bitmosaic.model.experts import linears
 from bitmosaic.model.hooks import Change, inputs_changed
 from bitmosaic.model.sweep import Sweep
-from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP
 from bitmosaic.pipeline.common import Track, block_file, observe_inputs, structures
 from bitmosaic.pipeline.masked_matrix import Matrix, masked_input, stored
+from bitmosaic.pipeline.preflight import KEPT
 from bitmosaic.pipeline.problem import Problem
 
 _KEPT = 2**30
@@ -39,7 +39,7 @@ class MaskedModel:
         self, problem: Problem, tokens: Tensor, place: Path, track: Track, teaches: bool
     ) -> None:
         self._problem, self._source, self._place = problem, problem.source, place
-        self._sweep = Sweep(self._source, tokens, memory_cap=DEFAULT_MEMORY_CAP, directory=place)
+        self._sweep = Sweep(self._source, tokens, memory_cap=KEPT, directory=place)
         self._track, self._teaches = track, teaches
         self._structures = structures(self._source)
         self._memory: dict[int, dict[str, Tensor]] = {}

@@ -6,7 +6,7 @@ is measured on what the already quantized blocks before it give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint
+from bitmosaic import checkpoint, ranks
 from bitmosaic.activations import Rule
 from bitmosaic.allocation import Allocation, LayerAllocation
 from bitmosaic.methods import Method
@@ -30,16 +30,19 @@ from bitmosaic.model.structure import (
 )
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.model.widths import narrow, select_tie
-from bitmosaic.pipeline.calibrate import Statistics
 from bitmosaic.pipeline.common import (
     Track,
     block_file,
     blocks,
+    finished,
     observe_inputs,
+    own_samples,
+    scratch,
     structures,
 )
+from bitmosaic.pipeline.measured import Statistics
 from bitmosaic.pipeline.output import OutputPlan, pack_rest
-from bitmosaic.tensor import QuantizedTensor
+from bitmosaic.tensor import QuantizedTensor, drop_unused
 
 
 class Packer:
@@ -63,13 +66,16 @@ class Packer:
 
     def run(self, track: Track) -> None:
         """Pack all blocks and the rest; what is on disk already is not packed again."""
-        self._pack_rest()
-        sweep = self._sweep() if self.method.block_statistics and self._unpacked(0) else None
+        if ranks.first():
+            self._pack_rest()
+        count = len(self.source.block_names)
+        left = {*range(count)} - finished(self.work, count)
+        sweep = self._sweep() if self.method.block_statistics and left else None
         for index in blocks(self.source, track, "quantize"):
             path = block_file(self.work, index)
-            if not path.is_file():
+            if index in left:
                 self._pack_block(index, sweep, path)
-            elif sweep is not None and self._unpacked(index):
+            elif sweep is not None and index < max(left):
                 self._forward_packed(sweep, index, path)
         if sweep is not None:
             sweep.close()
@@ -80,14 +86,10 @@ class Packer:
         files += [block_file(self.work, i) for i in range(len(self.source.block_names))]
         return {name: file for file in files for name in checkpoint.read_entries(file)}
 
-    def _unpacked(self, start: int) -> bool:
-        """Whether a block from `start` on still has to be packed."""
-        count = len(self.source.block_names)
-        return any(not block_file(self.work, index).is_file() for index in range(start, count))
-
     def _sweep(self) -> Sweep:
         assert self.tokens is not None
-        sweep = Sweep(self.source, self.tokens, memory_cap=self.memory_cap, directory=self.work)
+        own, place = own_samples(self.tokens), scratch(self.work)
+        sweep = Sweep(self.source, own, memory_cap=self.memory_cap, directory=place)
         sweep.embed()
         if self.allocation.residual is not None:
             states = sweep.inputs(0).stacked()[..., self.allocation.residual]
@@ -103,7 +105,7 @@ class Packer:
             rest = self.source.load_rest(None)
             permute_residual_rest(rest, self.allocation.residual)
             moved = rest.state_dict()
-            tensors = ((name, moved[name]) for name, _ in self.source.rest_tensors())
+            tensors = ((name, moved[name]) for name, _, _ in self.source.rest_entries())
         packed, plain = pack_rest(self.plan, tensors)
         for name, tensor in packed.items():
             plain |= {f"{name}.{key}": array for key, array in tensor.arrays().items()}
@@ -123,29 +125,60 @@ class Packer:
                 measured = _measure(self.method, sweep, index, block, found)
             _scale(self.method, block, found, layers, measured)
         known = self._known(index)
-        arrays: dict[str, Tensor] = {}
         matrices = linears(block)
-        for name, linear in matrices.items():
-            tensor = self.method.quantize(
-                f"{prefix}.{name}",
-                linear.weight.detach(),
-                layers[name],
-                replace(measured.get(name, LayerStatistics()), **known.get(name, {})),
-            )
-            _check_size(f"{prefix}.{name}", tensor, layers[name])
+        weights = {name: linear.weight.detach() for name, linear in matrices.items()}
+        every = {
+            name: replace(measured.get(name, LayerStatistics()), **known.get(name, {}))
+            for name in matrices
+        }
+        arrays: dict[str, Tensor] = {}
+        for name, tensor in self._quantized(prefix, weights, layers, every, sweep is not None):
             arrays |= {f"{prefix}.{name}.{key}": part for key, part in tensor.arrays().items()}
             if sweep is not None:
-                linear.weight.data.copy_(tensor.dequantize())
+                weights[name].copy_(tensor.dequantize())
         packed = {f"{name}.weight" for name in matrices}
         for name, tensor in block.state_dict().items():
             if name not in packed:
                 stored = tensor.to(dtypes[name])
                 tensor.copy_(stored)  # the next block must see what a reader will see
                 arrays[f"{prefix}.{name}"] = stored
-        checkpoint.write_tensors(path, arrays)
+        if ranks.first():
+            checkpoint.write_tensors(path, arrays)
         if sweep is not None and index + 1 < len(self.source.block_names):
             with inputs_changed(block, _rounding(layers)):
                 sweep.forward(index, block, keep_inputs=False)
+
+    def _quantized(
+        self,
+        prefix: str,
+        weights: Mapping[str, Tensor],
+        layers: Mapping[str, LayerAllocation],
+        statistics: Mapping[str, LayerStatistics],
+        everywhere: bool,
+    ) -> Iterator[tuple[str, QuantizedTensor]]:
+        """Quantize a block's matrices, each in one process; all come to the first, or everywhere.
+
+        A process quantizes all of its own before it sends one, so that they work at the same time.
+        """
+        owners = shares(weights, bool(self.method.block_statistics))
+        own = {
+            name: self.method.quantize(f"{prefix}.{name}", weight, layers[name], statistics[name])
+            for name, weight in weights.items()
+            if owners[name] == ranks.index()
+        }
+        for name, owner in owners.items():
+            full = f"{prefix}.{name}"
+            if name in own:
+                _check_size(full, own[name], layers[name])
+
+            def arrays(name: str = name) -> dict[str, Tensor]:
+                return own[name].arrays()
+
+            sent = ranks.given(arrays, by=owner, to=None if everywhere else 0)
+            if name in own:
+                yield name, own.pop(name)
+            elif sent:
+                yield name, assembled(full, layers[name], sent)
 
     def _known(self, index: int) -> dict[str, dict[str, Any]]:
         """Read the statistics of the original model that rounding weighs errors by."""
@@ -189,7 +222,7 @@ class Packer:
         block = self.source.load_block(index)
         prefix = self.source.block_names[index]
         layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
-        tensors, _ = checkpoint.read_tensors(path)
+        tensors = ranks.given(lambda: checkpoint.read_tensors(path)[0])
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
             layer = layers[name]
@@ -200,22 +233,44 @@ class Packer:
                 for key, tensor in tensors.items()
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
-            described = checkpoint.description(
-                layer.shape,
-                layer.tile,
-                layer.formats,
-                in_permutation=layer.in_permutation is not None,
-                out_permutation=layer.out_permutation is not None,
-                outlier_format=layer.outlier_format if layer.outliers else None,
-                activation_formats=layer.activation_formats,
-            )
-            tensor = checkpoint.assemble(full, described, arrays)
-            linear.weight.data.copy_(tensor.dequantize())
+            linear.weight.data.copy_(assembled(full, layer, arrays).dequantize())
         for name, tensor in block.state_dict().items():
             if f"{prefix}.{name}" in tensors:
                 tensor.copy_(tensors[f"{prefix}.{name}"])
         with inputs_changed(block, _rounding(layers)):
             sweep.forward(index, block, keep_inputs=False)
+
+
+def assembled(name: str, layer: LayerAllocation, arrays: Mapping[str, Tensor]) -> QuantizedTensor:
+    """Make a packed weight of its arrays and its plan."""
+    described = checkpoint.description(
+        layer.shape,
+        layer.tile,
+        drop_unused(layer.formats, layer.tile_map)[0],
+        in_permutation=layer.in_permutation is not None,
+        out_permutation=layer.out_permutation is not None,
+        outlier_format=layer.outlier_format if layer.outliers else None,
+        activation_formats=layer.activation_formats,
+    )
+    return checkpoint.assemble(name, described, arrays)
+
+
+def shares(weights: Mapping[str, Tensor], compensated: bool) -> dict[str, int]:
+    """Tell which process quantizes each matrix [out, in], so that all have about as much to do.
+
+    The largest first, each to the one that has least.  Compensation costs out · in² and a
+    factor of in³ / 3; what else there is goes by the number of weights.
+    """
+
+    def cost(name: str) -> float:
+        rows, columns = weights[name].shape
+        return rows * columns * columns + columns**3 / 3 if compensated else rows * columns
+
+    loads, owners = [0.0] * ranks.count(), {}
+    for name in sorted(weights, key=cost, reverse=True):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += cost(name)
+    return {name: owners[name] for name in weights}
 
 
 def _rounding(layers: Mapping[str, LayerAllocation]) -> dict[str, Change]:
@@ -268,11 +323,19 @@ def _scale(
         if not group.scale_producers:
             continue
         statistic = measured[group.linears[0]]
-        scale = method.scale(
-            [matrices[name].weight.detach() for name in group.linears],
-            [layers[name] for name in group.linears],
-            statistic,
-        )
+        weights = [matrices[name].weight.detach() for name in group.linears]
+        plans = [layers[name] for name in group.linears]
+
+        def scales(
+            weights: list[Tensor] = weights,
+            plans: list[LayerAllocation] = plans,
+            statistic: LayerStatistics = statistic,
+        ) -> dict[str, Tensor]:
+            found = method.scale(weights, plans, statistic)
+            return {} if found is None else {"scale": found}
+
+        # One input's scales change the matrices before it, so they are found one after another.
+        scale = ranks.given(scales).get("scale")
         if scale is None:
             continue
         scale_group(block, group, scale)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bitmosaic import checkpoint
+from bitmosaic import checkpoint, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,12 @@ def exclusive(directory: Path) -> Iterator[None]:
     """Keep other processes out of a directory, which is made if it is not there.
 
     The lock lies on the directory itself: it leaves no file, and ends with the process however
-    that ends.  Raises FileExistsError where another process is at work in the directory.
+    that ends.  Raises FileExistsError where another process is at work in the directory.  Of the
+    processes of one job the first holds it, and no other touches the directory.
     """
+    if not ranks.first():
+        yield
+        return
     handle = _locked(directory)
     while not _is(directory, handle):  # removed by the process that held the lock before
         os.close(handle)

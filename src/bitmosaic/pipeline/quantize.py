@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,34 @@ import torch
 from torch import Tensor
 
 import bitmosaic
+from bitmosaic import ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
+from bitmosaic.model.inventory import tensor_bytes
 from bitmosaic.model.source import Source
-from bitmosaic.pipeline.allocate import allocate, check_allocation, check_budget
-from bitmosaic.pipeline.calibrate import DEFAULT_MEMORY_CAP, Statistics, calibrate
+from bitmosaic.pipeline.allocate import (
+    admit_allocate,
+    allocate,
+    check_allocation,
+    check_budget,
+    check_processes,
+    decided,
+)
+from bitmosaic.pipeline.calibrate import calibrate
 from bitmosaic.pipeline.common import (
     Track,
+    agree_on_model,
     claim,
     quiet,
     read_json,
     tokens_digest,
 )
+from bitmosaic.pipeline.measured import Statistics
+from bitmosaic.pipeline.needs import calibrate_need, pack_need
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
 from bitmosaic.pipeline.places import FINISHED, clear_published, empty, exclusive, publish, retract
+from bitmosaic.pipeline.preflight import FREE, KEPT, Limits, admit
 
 RUN = "run.json"
 ALLOCATION = "allocation.safetensors"
@@ -49,6 +62,7 @@ class QuantizeOptions:
         head: format of an untied output head, or ``keep``.
         overwrite: replace an existing output, and drop an unfinished run of another kind.
         memory_cap: bytes of block inputs kept in memory before files are used.
+        limits: the most memory that any stage may take, and whom they tell what they need.
         shard_bytes: largest size of one output file.
         keep_statistics: where to leave statistics and scores for further budgets; None drops them.
         text: plain JSON about the calibration text (digest, sketch), kept in recipe.json.
@@ -57,7 +71,8 @@ class QuantizeOptions:
     embedding: str = "int8"
     head: str = "int8"
     overwrite: bool = False
-    memory_cap: int = DEFAULT_MEMORY_CAP
+    memory_cap: int = KEPT
+    limits: Limits = FREE
     shard_bytes: int = SHARD_BYTES
     keep_statistics: Path | None = None
     text: Any = ""
@@ -94,12 +109,18 @@ def quantize(
     measures = bool(method.block_statistics)
     if not (measures or learns or _calibrates(method, allocation, statistics_directory)):
         tokens = None  # of no influence: a run is the same with and without them
-    identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     work = work_directory(output)
-    clear_published(output, work)
-    check_output(output, options.overwrite)
+    if ranks.first():
+        clear_published(output, work)
+        check_output(output, options.overwrite)
+    options = _admitted(
+        source, method, budget, plan, work, tokens, allocation, statistics_directory, options
+    )
+    agree_on_model(source)
+    identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     with exclusive(work):
-        _prepare(output, work, options.overwrite, identity)
+        if ranks.first():
+            _prepare(output, work, options.overwrite, identity)
         return _run(
             source,
             method,
@@ -113,6 +134,35 @@ def quantize(
             options,
             track,
         )
+
+
+def _admitted(
+    source: Source,
+    method: Method,
+    budget: Budget | None,
+    plan: OutputPlan,
+    work: Path,
+    tokens: Tensor | None,
+    allocation: Allocation | None,
+    statistics_directory: Path | None,
+    options: QuantizeOptions,
+) -> QuantizeOptions:
+    """Refuse, before any stage, what one of them may not take; return what is left to be kept."""
+    limits, shape = options.limits, None if tokens is None else tokens.shape
+    names = needed_statistics(method, allocation)
+    if shape is not None and _calibrates(method, allocation, statistics_directory):
+        where = options.keep_statistics or work / "statistics"
+        admit(calibrate_need(source, names, shape, where), limits)
+    if allocation is None:
+        admit_allocate(source, method, work, limits)
+    size = tensor_bytes(source)
+    if allocation is not None:
+        size = plan.total_bytes(allocation.layers)
+    elif budget is not None and budget.size is not None:
+        size = budget.size
+    kept = admit(pack_need(source, method, shape, size, work), limits)
+    told = replace(limits, announce=None)
+    return replace(options, memory_cap=min(options.memory_cap, kept), limits=told)
 
 
 def _run(
@@ -130,8 +180,8 @@ def _run(
 ) -> dict[str, Any]:
     """Do what of the stages is still to be done in the work directory, and publish."""
     needed = needed_statistics(method, allocation)
-    if allocation is None and (work / ALLOCATION).is_file():
-        allocation = Allocation.load(work / ALLOCATION)
+    if allocation is None and ranks.told((work / ALLOCATION).is_file):
+        allocation = decided(lambda: Allocation.load(work / ALLOCATION))
     measured = None
     if needed_statistics(method, allocation):
         measured = _statistics(source, needed, work, tokens, statistics_directory, options, track)
@@ -145,18 +195,24 @@ def _run(
             plan=plan,
             cache=None if measured else work,
             tokens=tokens,
+            limits=options.limits,
             track=track,
         )
-        allocation.save(work / ALLOCATION)
+        if ranks.first():
+            allocation.save(work / ALLOCATION)
     packer = Packer(plan, method, allocation, work, tokens, options.memory_cap, measured)
     packer.run(track)
     facts = _facts(source, method, budget, allocation, tokens, options)
-    finished = work / FINISHED
-    shutil.rmtree(finished, ignore_errors=True)
-    finished.mkdir()
-    total = assemble(plan, allocation, packer.index(), finished, facts)
-    publish(output, work)
-    return {**facts, "bytes": total}
+
+    def finish() -> int:
+        finished = work / FINISHED
+        shutil.rmtree(finished, ignore_errors=True)
+        finished.mkdir()
+        total = assemble(plan, allocation, packer.index(), finished, facts)
+        publish(output, work)
+        return total
+
+    return {**facts, "bytes": ranks.told(finish)}
 
 
 def _check_request(
@@ -171,6 +227,8 @@ def _check_request(
             "quantize must have either a budget or an allocation. Give --bits, --size or "
             "--allocation."
         )
+    if allocation is None:
+        check_processes(method)
     measures = bool(method.block_statistics)
     calibrates = _calibrates(method, allocation, statistics_directory)
     if method.learning is not None and allocation is None and tokens is None:
@@ -311,6 +369,7 @@ def _statistics(
         options.keep_statistics or work / "statistics",
         names=names,
         memory_cap=options.memory_cap,
+        limits=options.limits,
         track=track,
         text=options.text,
     )

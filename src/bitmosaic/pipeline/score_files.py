@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.allocation.widths import Width
 from bitmosaic.bands import BandRule
 from bitmosaic.methods.base import BlockScores
-from bitmosaic.pipeline.calibrate import INPUT_SCORES
+from bitmosaic.pipeline.common import INPUT_SCORES
 
 _SIDES = ("in_permutation", "out_permutation", "in_importance", "out_importance")
 
 
 def save_scores(path: Path, part: BlockScores) -> None:
-    """Write a block's tables; what matrices share an input is kept once."""
+    """Write a block's tables."""
+    checkpoint.write_tensors(path, *stored_scores(part))
+
+
+def stored_scores(part: BlockScores) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what the file of a block holds; what matrices share an input is kept once."""
     tensors: dict[str, Tensor] = {f"{name}.tie": order for name, order in part.ties.items()}
     first: dict[int, str] = {}
     for name, found in part.inputs.items():
@@ -58,14 +64,16 @@ def save_scores(path: Path, part: BlockScores) -> None:
         "linked": json.dumps(part.linked),
         "widths": json.dumps([(width.consumer, width.producers) for width in part.widths]),
     }
-    checkpoint.write_tensors(path, tensors, metadata)
+    return tensors, metadata
 
 
-def load_scores(path: Path) -> BlockScores | None:
-    """Read what `save_scores` wrote; None where there is nothing yet."""
-    if not path.is_file():
-        return None
-    tensors, metadata = checkpoint.read_tensors(path)
+def load_scores(path: Path) -> BlockScores:
+    """Read what `save_scores` wrote."""
+    return read_scores(*checkpoint.read_tensors(path))
+
+
+def read_scores(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockScores:
+    """Make a block's tables of what its file holds."""
     tables, importance = [], []
     shared: dict[str, InputScores] = {}
     inputs: dict[str, InputScores] = {}

@@ -37,4 +37,4 @@ def get(name: str) -> type[Statistic[Any]]:
 
 
 def _built_in() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
+    return {module.name for module in pkgutil.iter_modules(__path__)} - {"base", "sums"}

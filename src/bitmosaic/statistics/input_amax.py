@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from bitmosaic import ranks
 from bitmosaic.statistics.base import Statistic
 
 
@@ -32,6 +33,10 @@ class Maximum:
     def merge(self, other: Maximum) -> None:
         """Take all that another maximum has seen into account."""
         self._bits = torch.maximum(self._bits, other._bits)
+
+    def join(self) -> None:
+        """Take all that any process of the job has seen into account."""
+        ranks.largest(self._bits)
 
     def value(self) -> Tensor:
         """Return the largest magnitudes, float32."""
