@@ -239,6 +239,7 @@ def quantize(
     _check_place(output, overwrite, resume)
     source = Source(model)
     if budget is not None:
+        admit_allocate(source, chosen, output.parent, replace(limits, announce=None))
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))
     directory = None
     if statistics is not None and needed_statistics(chosen, plan):

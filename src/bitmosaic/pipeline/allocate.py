@@ -62,6 +62,8 @@ def allocate(
     A method that learns its masks needs `tokens` [samples, tokens] to search with, for each budget.
     """
     plan = plan or OutputPlan(source)
+    where = cache or (None if statistics is None else statistics.directory)
+    admit_allocate(source, method, where, limits)  # first, since checking makes empty tables
     check_budget(source, method, budget, plan)
     check_processes(method)
     if method.learning is not None and tokens is None:
@@ -69,8 +71,6 @@ def allocate(
             f"method {method.name} must have calibration text to learn its masks with. "
             "Give --calibration, or leave search=learned out."
         )
-    where = cache or (None if statistics is None else statistics.directory)
-    admit_allocate(source, method, where, limits)
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     if method.learning is not None:
         assert tokens is not None

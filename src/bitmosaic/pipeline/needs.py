@@ -152,11 +152,13 @@ def allocate_need(source: Source, method: Method, directory: Path) -> Need:
     """Say what scoring every tile and choosing formats needs."""
     sizes = Sizes(source)
     candidates: Sequence[str] = getattr(method, "formats", ())
-    with torch.device("meta"):
-        costs = sum(
-            method.blank(name, shape).cost.nbytes if method.fits_any_budget else 0
-            for name, shape in source.linear_shapes().items()
-        )
+    costs = 0
+    if method.fits_any_budget:
+        tables_of = {
+            shape: method.blank("", shape).cost.nbytes
+            for shape in set(source.linear_shapes().values())
+        }
+        costs = sum(tables_of[shape] for shape in source.linear_shapes().values())
     names = [name for name in method.statistics if name != INPUT_SCORES]
     parts = [name for name in names if "gradient" in statistics.get(name).observes]
     tables = {"costs of all tiles": costs}
