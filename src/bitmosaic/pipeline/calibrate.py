@@ -130,25 +130,32 @@ def _forward(
     for index in track(range(stop), "forward", stop):
         if not wanted or index in done:
             sweep.forward(index, source.load_block(index), keep_inputs=keep)
-            continue
-        block = source.load_block(index)
-        found = structures(source).of(index, block)
-        sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
-        measured: dict[str, Tensor] = {}
-        for group in found.inputs if ranks.first() else ():
-            for name, statistic in sums[group.linears[0]].items():
-                try:
-                    value = statistic.value()
-                except ValueError as error:
-                    layer = f"{source.block_names[index]}.{group.linears[0]}"
-                    raise ValueError(f"{layer}: {error}") from error
-                parts = {"": value} if isinstance(value, Tensor) else vars(value)
-                for part, tensor in parts.items():
-                    key = f"{name}.{part}" if part else name
-                    measured |= {f"{layer}.{key}": tensor for layer in group.linears}
-        if ranks.first():
-            checkpoint.write_tensors(block_file(directory, index, KINDS["input"]), measured)
-        del block, sums, measured, value, parts, tensor  # before the next block comes
+        else:
+            _measure_inputs(source, sweep, directory, index, wanted, keep)
+
+
+def _measure_inputs(
+    source: Source, sweep: Sweep, directory: Path, index: int, wanted: Sequence[str], keep: bool
+) -> None:
+    """Run one block forward and write the statistics of its inputs; nothing of it stays."""
+    block = source.load_block(index)
+    found = structures(source).of(index, block)
+    sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
+    if not ranks.first():
+        return
+    measured: dict[str, Tensor] = {}
+    for group in found.inputs:
+        for name, statistic in sums[group.linears[0]].items():
+            try:
+                value = statistic.value()
+            except ValueError as error:
+                layer = f"{source.block_names[index]}.{group.linears[0]}"
+                raise ValueError(f"{layer}: {error}") from error
+            parts = {"": value} if isinstance(value, Tensor) else vars(value)
+            for part, tensor in parts.items():
+                key = f"{name}.{part}" if part else name
+                measured |= {f"{layer}.{key}": tensor for layer in group.linears}
+    checkpoint.write_tensors(block_file(directory, index, KINDS["input"]), measured)
 
 
 def _sweep(
