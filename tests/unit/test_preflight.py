@@ -19,7 +19,7 @@ from bitmosaic.evaluation.logits import stretches
 from bitmosaic.model.source import Source
 from bitmosaic.model.sweep import Sweep
 from bitmosaic.pipeline import QuantizeOptions, calibrate, preflight, quantize
-from bitmosaic.pipeline.allocate import admit_allocate
+from bitmosaic.pipeline.admission import admit_allocate
 from bitmosaic.pipeline.machine import Rates, available_memory, peak_resident, resident
 from bitmosaic.pipeline.needs import _sums, allocate_need, calibrate_need, pack_need
 from bitmosaic.pipeline.preflight import KEPT, Limits, Need, admit

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitmosaic import checkpoint, pipeline, ranks
+from bitmosaic import pipeline, ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.api.energy import DEFAULT_TABLE, share_within
 from bitmosaic.api.energy import energy_table as lookup
@@ -22,13 +22,15 @@ from bitmosaic.api.requests import (
     read_bytes,
     statistics_of,
 )
+from bitmosaic.api.resumed import finished_request, open_finished
 from bitmosaic.evaluation.calibration import CalibrationText, open_calibration
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
 from bitmosaic.pipeline import QuantizeOptions, Statistics
-from bitmosaic.pipeline.allocate import admit_allocate, check_budget, check_processes, decided
+from bitmosaic.pipeline.admission import admit_allocate
+from bitmosaic.pipeline.allocate import check_budget, check_processes, decided
 from bitmosaic.pipeline.calibrate import EVERY
-from bitmosaic.pipeline.common import Track, quiet, read_json, tokens_digest
+from bitmosaic.pipeline.common import Track, quiet, read_json
 from bitmosaic.pipeline.gradients import clear_gradients
 from bitmosaic.pipeline.measured import MANIFEST, read_manifest
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan
@@ -239,6 +241,7 @@ def quantize(
     _check_place(output, overwrite, resume)
     source = Source(model)
     if budget is not None:
+        admit_allocate(source, chosen, output.parent, replace(limits, announce=None))
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))
     directory = None
     if statistics is not None and needed_statistics(chosen, plan):
@@ -250,8 +253,8 @@ def quantize(
         text = _open_text(source, calibration, samples, seqlen, seed, track)
     if resume and ranks.told(output.exists):
         used = text if directory is None or chosen.block_statistics else None
-        request = _request(source, chosen, budget, plan, used, embedding, head)
-        done: dict[str, Any] = ranks.told(lambda: _finished(output, request))
+        request = finished_request(source, chosen, budget, plan, used, embedding, head)
+        done: dict[str, Any] = ranks.told(lambda: open_finished(output, request))
         return done
     facts = {} if text is None else text.facts
     if directory is not None:
@@ -381,42 +384,3 @@ def _statistics_for(
     clear_gradients(directory)
     manifest: dict[str, Any] = ranks.told(lambda: read_json(directory / MANIFEST))
     return manifest.get("text")
-
-
-def _request(
-    source: Source,
-    method: Method,
-    budget: Budget | None,
-    allocation: Allocation | None,
-    text: CalibrationText | None,
-    embedding: str,
-    head: str,
-) -> dict[str, Any]:
-    """What recipe.json of the finished output must say."""
-    assert budget is not None or allocation is not None
-    asked = str(budget) if allocation is None else allocation.recipe.get("budget")
-    request: dict[str, Any] = {
-        "model": source.digest,
-        "method": method.name,
-        "parameters": method.parameters(),
-        "budget": asked,
-        "embedding": embedding,
-        "head": head,
-    }
-    if text is not None:
-        request["tokens"] = tokens_digest(text.tokens)
-    return request
-
-
-def _finished(output: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts of a finished output of the same run, or refuse another's."""
-    checkpoint.open_packed(output)
-    facts = read_json(output / "recipe.json")
-    found = {**facts, "tokens": facts.get("calibration", {}).get("tokens")}
-    differing = sorted(key for key, value in request.items() if found.get(key) != value)
-    if differing:
-        raise FileExistsError(
-            f"{output} must be of the same run to resume it, but it differs in "
-            f"{', '.join(differing)}. Give another output, or --overwrite to replace it."
-        )
-    return {**facts, "already_complete": True}

@@ -32,11 +32,11 @@ from bitmosaic.model.experts import matrix
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure
 from bitmosaic.model.widths import check_widths
+from bitmosaic.pipeline.admission import admit_allocate
 from bitmosaic.pipeline.common import Track, quiet, structures
 from bitmosaic.pipeline.measured import Statistics
-from bitmosaic.pipeline.needs import allocate_need
 from bitmosaic.pipeline.output import OutputPlan
-from bitmosaic.pipeline.preflight import FREE, Limits, admit
+from bitmosaic.pipeline.preflight import FREE, Limits
 from bitmosaic.pipeline.scores import score
 from bitmosaic.pipeline.search import search
 
@@ -62,6 +62,8 @@ def allocate(
     A method that learns its masks needs `tokens` [samples, tokens] to search with, for each budget.
     """
     plan = plan or OutputPlan(source)
+    where = cache or (None if statistics is None else statistics.directory)
+    admit_allocate(source, method, where, limits)  # first, since checking makes empty tables
     check_budget(source, method, budget, plan)
     check_processes(method)
     if method.learning is not None and tokens is None:
@@ -69,8 +71,6 @@ def allocate(
             f"method {method.name} must have calibration text to learn its masks with. "
             "Give --calibration, or leave search=learned out."
         )
-    where = cache or (None if statistics is None else statistics.directory)
-    admit_allocate(source, method, where, limits)
     scores, residual = score(source, method, statistics=statistics, cache=cache, track=track)
     if method.learning is not None:
         assert tokens is not None
@@ -104,16 +104,6 @@ def check_processes(method: Method) -> None:
             f"{ranks.count()}. Start `allocate` without torchrun, then quantize its allocation "
             "with as many as you like."
         )
-
-
-def admit_allocate(source: Source, method: Method, where: Path | None, limits: Limits) -> None:
-    """Refuse what the limits do not allow, before any work."""
-    if method.learning is not None and limits.memory is not None:
-        raise ValueError(
-            f"max_memory must not be given to method {method.name} with search=learned, since what "
-            "the search takes is not known beforehand. Leave one of them out."
-        )
-    admit(allocate_need(source, method, where or Path()), limits)
 
 
 def narrowed(

@@ -135,17 +135,12 @@ def _forward(
 
 
 def _measure_inputs(
-    source: Source,
-    sweep: Sweep,
-    directory: Path,
-    index: int,
-    wanted: Sequence[str],
-    keep_inputs: bool,
+    source: Source, sweep: Sweep, directory: Path, index: int, wanted: Sequence[str], keep: bool
 ) -> None:
-    """Run one block, and write statistics of its inputs; what they took is free on return."""
+    """Run one block forward and write the statistics of its inputs; nothing of it stays."""
     block = source.load_block(index)
     found = structures(source).of(index, block)
-    sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep_inputs)
+    sums = observe_inputs(sweep, index, block, found, wanted, keep_inputs=keep)
     if not ranks.first():
         return
     measured: dict[str, Tensor] = {}

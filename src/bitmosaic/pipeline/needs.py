@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -153,10 +152,13 @@ def allocate_need(source: Source, method: Method, directory: Path) -> Need:
     """Say what scoring every tile and choosing formats needs."""
     sizes = Sizes(source)
     candidates: Sequence[str] = getattr(method, "formats", ())
-    shapes = collections.Counter(source.linear_shapes().values())
     costs = 0
     if method.fits_any_budget:
-        costs = sum(count * method.blank("", shape).cost.nbytes for shape, count in shapes.items())
+        tables_of = {
+            shape: method.blank("", shape).cost.nbytes
+            for shape in set(source.linear_shapes().values())
+        }
+        costs = sum(tables_of[shape] for shape in source.linear_shapes().values())
     names = [name for name in method.statistics if name != INPUT_SCORES]
     parts = [name for name in names if "gradient" in statistics.get(name).observes]
     tables = {"costs of all tiles": costs}

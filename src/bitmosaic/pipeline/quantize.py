@@ -23,10 +23,9 @@ import bitmosaic
 from bitmosaic import ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
-from bitmosaic.model.inventory import tensor_bytes
 from bitmosaic.model.source import Source
+from bitmosaic.pipeline.admission import admit_quantize
 from bitmosaic.pipeline.allocate import (
-    admit_allocate,
     allocate,
     check_allocation,
     check_budget,
@@ -43,11 +42,10 @@ from bitmosaic.pipeline.common import (
     tokens_digest,
 )
 from bitmosaic.pipeline.measured import Statistics
-from bitmosaic.pipeline.needs import calibrate_need, pack_need
 from bitmosaic.pipeline.output import SHARD_BYTES, OutputPlan, assemble
 from bitmosaic.pipeline.pack import Packer
 from bitmosaic.pipeline.places import FINISHED, clear_published, empty, exclusive, publish, retract
-from bitmosaic.pipeline.preflight import FREE, KEPT, Limits, admit
+from bitmosaic.pipeline.preflight import FREE, KEPT, Limits
 
 RUN = "run.json"
 ALLOCATION = "allocation.safetensors"
@@ -113,9 +111,18 @@ def quantize(
     if ranks.first():
         clear_published(output, work)
         check_output(output, options.overwrite)
-    options = _admitted(
-        source, method, budget, plan, work, tokens, allocation, statistics_directory, options
+    names = needed_statistics(method, allocation)
+    shape = None if tokens is None else tokens.shape
+    calibrates = _calibrates(method, allocation, statistics_directory)
+    where = (options.keep_statistics or work / "statistics") if calibrates else None
+    size = budget.size if budget is not None else None
+    if allocation is not None:
+        size = plan.total_bytes(allocation.layers)
+    kept = admit_quantize(
+        source, method, names, shape, where, size, allocation is None, work, options.limits
     )
+    told = replace(options.limits, announce=None)
+    options = replace(options, memory_cap=min(options.memory_cap, kept), limits=told)
     agree_on_model(source)
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
     with exclusive(work):
@@ -134,35 +141,6 @@ def quantize(
             options,
             track,
         )
-
-
-def _admitted(
-    source: Source,
-    method: Method,
-    budget: Budget | None,
-    plan: OutputPlan,
-    work: Path,
-    tokens: Tensor | None,
-    allocation: Allocation | None,
-    statistics_directory: Path | None,
-    options: QuantizeOptions,
-) -> QuantizeOptions:
-    """Refuse, before any stage, what one of them may not take; return what is left to be kept."""
-    limits, shape = options.limits, None if tokens is None else tokens.shape
-    names = needed_statistics(method, allocation)
-    if shape is not None and _calibrates(method, allocation, statistics_directory):
-        where = options.keep_statistics or work / "statistics"
-        admit(calibrate_need(source, names, shape, where), limits)
-    if allocation is None:
-        admit_allocate(source, method, work, limits)
-    size = tensor_bytes(source)
-    if allocation is not None:
-        size = plan.total_bytes(allocation.layers)
-    elif budget is not None and budget.size is not None:
-        size = budget.size
-    kept = admit(pack_need(source, method, shape, size, work), limits)
-    told = replace(limits, announce=None)
-    return replace(options, memory_cap=min(options.memory_cap, kept), limits=told)
 
 
 def _run(
