@@ -173,12 +173,15 @@ class MaskedModel:
             number = problem.numbers[full]
             table = problem.tables[number]
             columns = ties.get(full, table.in_permutation)
+            weight = linear.weight.detach()
+            if rows.get(name) is None and columns is None:
+                weight = weight.clone()  # the block's own gets masked values
             found[name] = Matrix(
                 table,
                 problem.places[number],
                 rows.get(name),
                 columns,
-                stored(linear.weight.detach(), rows.get(name), columns),
+                stored(weight, rows.get(name), columns),
                 [],
                 None,
                 problem.unit_slices.get(full),
