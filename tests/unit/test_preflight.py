@@ -110,6 +110,13 @@ def test_the_machine_is_measured() -> None:
     assert resident() < available_memory()
 
 
+def test_processes_of_one_host_share_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = available_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    # Others come and go on this machine while it is asked twice.
+    assert available_memory() < (alone + resident()) / 2
+
+
 @pytest.mark.parametrize("name", statistics.names())
 def test_sums_are_as_large_as_they_are_said_to_be(name: str) -> None:
     found = statistics.get(name)((24, 40))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bitmosaic import rounding
+from bitmosaic import ranks, rounding
 from bitmosaic.allocation import uniform
 from bitmosaic.statistics.base import ReproducibleSum
 
@@ -51,18 +51,19 @@ def _status(key: str) -> int:
 def available_memory() -> int:
     """Return what this process can have: its own, what the machine has free, what a group allows.
 
-    Where none of it is known, more than any machine has.
+    What is there for several is shared out among the processes of one job on this host.  Where
+    nothing is known, more than any machine has.
     """
-    found = [2**60]
+    found, processes = [2**60], ranks.on_host()
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                found.append(resident() + int(line.split()[1]) * 1024)
+                found.append(resident() + int(line.split()[1]) * 1024 // processes)
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
         for folder in (group, ""):
             limit = Path("/sys/fs/cgroup") / folder.lstrip("/") / "memory.max"
             if limit.is_file() and limit.read_text().strip().isdigit():
-                found.append(int(limit.read_text()))
+                found.append(int(limit.read_text()) // processes)
     except OSError:
         pass
     return min(found)

@@ -72,6 +72,11 @@ def count() -> int:
     return 1 if _watch is None else _watch.count
 
 
+def on_host() -> int:
+    """Return how many processes of the job run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def index() -> int:
     """Which of the processes this is, from 0."""
     return 0 if _watch is None else _watch.index
@@ -208,7 +213,7 @@ def _join() -> Watch:
     watch = Watch(own, total, store, _JOINING.total_seconds())
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    store.set(f"gpu/{own}", str(int(gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+    store.set(f"gpu/{own}", str(int(gpus >= on_host())))
     if all(store.get(f"gpu/{each}") == b"1" for each in range(total)):
         _device = torch.device("cuda", local)
         torch.cuda.set_device(_device)
