@@ -100,8 +100,10 @@ def announcing(place: Path, line: Sequence[object]) -> None:
 
 def failing(error: type[Exception], rank: int, at: int, line: Sequence[object]) -> None:
     """Run a command line, but let one process fail at its n-th contribution to a sum."""
+    from bitmosaic.pipeline.machine import Rates
     from bitmosaic.statistics.base import ReproducibleSum
 
+    Rates.measure()  # has sums of its own, and is kept
     add, count = ReproducibleSum.add, iter(range(at))
 
     def broken(*arguments: Any, **options: Any) -> None:
@@ -110,4 +112,18 @@ def failing(error: type[Exception], rank: int, at: int, line: Sequence[object]) 
         add(*arguments, **options)
 
     ReproducibleSum.add = broken  # type: ignore[method-assign]
+    one_command(line)
+
+
+def slow_command(line: Sequence[object]) -> None:
+    """Run a command line that takes a while over each matrix, so that a signal finds it at work."""
+    from bitmosaic import rounding
+
+    compensated = rounding.compensated
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return compensated(*arguments, **options)
+
+    rounding.compensated = slowly
     one_command(line)

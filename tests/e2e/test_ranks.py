@@ -17,7 +17,7 @@ from architectures import tiny
 from commands import make_kit, save_tokenizer
 from hosts import hosts, hosts_refused, on_hosts
 from runs import content
-from together import Job, command_lines, failing, one_command, start_server
+from together import Job, command_lines, failing, one_command, slow_command, start_server
 
 _FINE = ("--formats", "int2-g16,int3-g16,int4-g16")
 _TILES = ("--set", "tile_in=16")
@@ -85,7 +85,7 @@ def alone(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
     return run(1, place, lines(kit, place))
 
 
-@pytest.mark.parametrize(("count", "methods"), [(2, tuple(METHODS)), (3, ("rtn", "sfmp"))])
+@pytest.mark.parametrize(("count", "methods"), [(2, tuple(METHODS)), (3, ("rtn", "sfmp", "toga"))])
 def test_the_bytes_are_those_of_one_process(
     kit: Path, alone: dict[str, bytes], tmp_path: Path, count: int, methods: tuple[str, ...]
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_kill_while_quantizing_is_resumed_by_fewer(
 ) -> None:
     place = tmp_path / "place"
     line = quantize(kit, place, "gptq")
-    job = Job(3, tmp_path / "logs", one_command, line)
+    job = Job(3, tmp_path / "logs", slow_command, line)
     wait_for(place, "block-00000*", job)
     os.kill(job.processes[2].pid or 0, signal.SIGKILL)
     ends(job, {2: -signal.SIGKILL})
@@ -193,7 +193,7 @@ def test_what_all_find_wrong_is_said_by_the_first(kit: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("pressed", [(0, 1), (1,)])
 def test_control_c(kit: Path, tmp_path: Path, pressed: tuple[int, ...]) -> None:
     place = tmp_path / "place"
-    job = Job(2, tmp_path / "logs", one_command, quantize(kit, place, "gptq"))
+    job = Job(2, tmp_path / "logs", slow_command, quantize(kit, place, "gptq"))
     wait_for(place, "rest*", job)
     for rank in pressed:
         os.kill(job.processes[rank].pid or 0, signal.SIGINT)
