@@ -66,9 +66,7 @@ PRESETS = {
 }
 """Sets of formats by name: the paper's two for weights, the house's usual one, and the paper's two
 for weights and activations, whose names set the mode as well."""
-
 ROUNDING_PRESETS = ("w3.2a3.2", "w4a4")
-
 REORDERS = ("gain", "none")
 MODES = ("weight-only", "weight+activation")
 SEARCHES = ("fisher", "learned")
@@ -208,7 +206,7 @@ class Toga(RoundedMethod, Learning):
         self, name: str, shape: tuple[int, int], orders: tuple[bool, bool] = (False, False)
     ) -> TileCosts:
         """Make a matrix's table without costs, for questions about bytes before any work."""
-        table = super().blank(name, shape, (orders[0] and self._sorts(shape[1]), orders[1]))
+        table = super().blank(name, shape, (orders[0] and shape[1] > self.tile_in, orders[1]))
         table.cost[self._pruned, -1, -1] = torch.inf
         return self._with_rule(table)
 
@@ -227,7 +225,8 @@ class Toga(RoundedMethod, Learning):
         for group in sorted(block.structure.inputs, key=lambda each: each.linears[0] not in free):
             name = group.linears[0]
             order = None
-            if name in free or self._sorts(block.weights[name].shape[1]):
+            # An order is not worth its bytes where all in_channels are in one tile.
+            if name in free or block.weights[name].shape[1] > self.tile_in:
                 order = self._order(block, group.linears, name in shrinks)
             found = self._tables(block, group.linears, order, rows, moves=name not in shrinks)
             if order is not None and name in free:
@@ -284,10 +283,6 @@ class Toga(RoundedMethod, Learning):
             return table
         rule = widest_rule(self.formats, table.shape[1], table.tile[1])
         return replace(table, activations=rule)
-
-    def _sorts(self, width: int) -> bool:
-        """Whether an order is worth its bytes: not where all in_channels are in one tile."""
-        return width > self.tile_in
 
     @property
     def _pruned(self) -> list[int]:
