@@ -154,7 +154,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[s
                 begin, end = table[name]["data_offsets"]
                 raw = torch.empty(end - begin, dtype=torch.uint8)
                 file.seek(8 + length + begin)
-                _fill(file, raw.numpy().data, path)
+                read_exactly(file, raw.numpy().data, path)
                 found[name] = raw.view(types[table[name]["dtype"]]).reshape(table[name]["shape"])
         return found, metadata
     except SafetensorError as error:
@@ -163,15 +163,18 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[s
         ) from error
 
 
-def _fill(file: Any, buffer: memoryview, path: Path) -> None:
-    """Read until a buffer is full; a single read stops at 2 GiB."""
+def read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
+    """Read until a buffer is full; a single read stops at 2 GiB.
+
+    Raises ValueError where the file, of whichever origin, ends before.
+    """
     done = 0
     while done < len(buffer):
         count = file.readinto(buffer[done:])
         if not count:
             raise ValueError(
-                f"{path} must not be cut short while it is read, but it ended early. Copy or make "
-                "it again."
+                f"{path} must hold {len(buffer)} bytes of a tensor here, but ended after {done}. "
+                "It changed since it was opened; do not write to it while it is read."
             )
         done += count
 

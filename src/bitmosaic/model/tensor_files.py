@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmosaic.checkpoint.files import read_exactly
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LARGEST = 2.0**120  # of matrices: no model's, and float32 has room to round it and to learn grids
@@ -98,7 +100,7 @@ class TensorFiles:
                     part if wanted == entry.dtype else torch.empty(part.numel(), dtype=entry.dtype)
                 )
                 file.seek(entry.offset + offset)
-                _read_exactly(file, raw.view(torch.uint8).numpy().data, entry.path)
+                read_exactly(file, raw.view(torch.uint8).numpy().data, entry.path)
                 range_.add(raw)
                 if raw is not part:
                     part.copy_(raw)
@@ -218,18 +220,6 @@ def _read_index(directory: Path, index: Path) -> tuple[tuple[Path, ...], dict[st
     return tuple(directory / name for name in names), {
         name: directory / file for name, file in weight_map.items()
     }
-
-
-def _read_exactly(file: Any, buffer: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise ValueError(
-                f"{path}: the file must hold {len(buffer)} bytes of a tensor, but it ended after "
-                f"{done}. It changed since it was opened; do not write to it while it is read."
-            )
-        done += count
 
 
 def _parts(result: Tensor, entry: TensorEntry, rows: Tensor | None) -> Iterator[tuple[Tensor, int]]:
