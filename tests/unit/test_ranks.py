@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -181,3 +182,21 @@ def test_what_would_change_bytes_must_be_the_same(tmp_path: Path, what: str, sai
     for text in job.said():
         assert f"{what} must be the same in all processes" in text
         assert said in text
+
+
+def left_alone(place: Path) -> None:
+    """What the other's death means is heard by the broken connection first, by signal later."""
+    try:
+        with ranks.joined():
+            if ranks.index() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ranks.told(lambda: "never", by=1)
+    except ranks.LostRankError:
+        os.kill(os.getpid(), signal.SIGTERM)
+    (place / "ended").touch()
+
+
+def test_who_is_on_the_way_out_is_not_told_again(tmp_path: Path) -> None:
+    job = Job(2, tmp_path / "logs", left_alone, tmp_path)
+    assert job.wait() == [0, -signal.SIGKILL], job.said()
+    assert (tmp_path / "ended").exists()

@@ -57,6 +57,7 @@ class Watch:
         self._heard = threading.Event()
         self._first_is_lost = False
         self._ending = False
+        self._leaving = False
         self._left = threading.Event()
         self._peers: dict[socket.socket, int] = {}
         self._main = threading.main_thread()
@@ -72,6 +73,7 @@ class Watch:
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process ends by an error, unless it came from them."""
+        self._leaving = True
         if error is not self._news and self._news is None:
             self._ending = True
             self._send({"by": self.index, **_described(error)})
@@ -203,8 +205,11 @@ class Watch:
                 peer.sendall(json.dumps(message).encode() + b"\n")
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
-        """Raise, in the main thread, what was heard; torchrun ends the others by SIGTERM too."""
-        if self._ending:
+        """Raise, in the main thread, what was heard; torchrun ends the others by SIGTERM too.
+
+        Not where the main thread is on its way out: it may know by a broken connection already.
+        """
+        if self._ending or self._leaving:
             return
         if self._heard.wait(_SAME):
             assert self._news is not None
