@@ -9,7 +9,7 @@ NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
 .PHONY: bench-ranks bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-larger bench-cpu
-.PHONY: bench-pruned size clean
+.PHONY: kernels bench-gpu bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -92,6 +92,12 @@ emulated: $(STAMP)
 	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
 	    tests/unit/test_scales.py $(ARGS)
 
+# The GPU's kernels where there is no GPU: numbers in Triton's interpreter, then machine code for three architectures.
+kernels: export OMP_NUM_THREADS ?= 1
+kernels: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu $(ARGS)
+	$(BIN)/python tools/gpu_kernels.py --jobs $(WORKERS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -155,6 +161,10 @@ endif
 # Some eight minutes; ARGS="--quick": under a minute, single matrices only.
 bench-pruned: $(STAMP)
 	$(BIN)/python benchmarks/pruned.py --json benchmarks/results/pruned.json $(ARGS)
+
+# Needs an NVIDIA GPU; under eight minutes.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json $(ARGS)
 
 # The RTL of src/bitmosaic/hardware: vectors, gates, area, energy; some minutes.  Needs Debian packages, names those
 # that are missing, and installs nothing.

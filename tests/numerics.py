@@ -22,6 +22,7 @@ def assert_matmul_close(
     bias: Tensor | None = None,
     *,
     accumulator: torch.dtype = torch.float32,
+    weight_error: Tensor | None = None,
 ) -> None:
     """Assert that `actual` is x @ weight.T + bias, computed in the types at hand.
 
@@ -29,12 +30,26 @@ def assert_matmul_close(
     result and u the unit round-offs of the accumulator and of the result's dtype.  K roundings of
     random sign add up like a random walk, hence sqrt(K); 4 is four of its standard deviations, as
     a rounding's deviation is at most u.  In the subnormal range of the result a rounding is half
-    the smallest spacing instead of u_out |y|.
+    the smallest spacing instead of u_out |y|.  `weight_error` is how far the weights that were
+    multiplied may be from `weight`: see `rounding_error`.
     """
     assert actual.dtype == x.dtype
     x, weight = x.detach().double(), weight.detach().double()
-    exact, magnitude = x @ weight.t(), x.abs() @ weight.abs().t()
-    _assert_rounded(actual, exact, magnitude, bias, x.shape[-1], accumulator)
+    exact, largest, off = x @ weight.t(), weight.abs(), 0.0
+    if weight_error is not None:
+        largest, off = largest + weight_error, x.abs() @ weight_error.t()
+    _assert_rounded(actual, exact, x.abs() @ largest.t(), bias, x.shape[-1], accumulator, off)
+
+
+def rounding_error(tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Return, in float64, how much rounding a weight to `dtype` may change it, entry by entry.
+
+    An outlier may be given as what the codes say and what it is more than that, each rounded.
+    """
+    decoded = tensor.without_outliers().dequantize().double()
+    parts = decoded.abs() + (tensor.dequantize().double() - decoded).abs()
+    info = torch.finfo(dtype)
+    return (_roundoff(dtype) * parts).clamp(min=info.smallest_normal * info.eps)
 
 
 def assert_int8_matmul_close(

@@ -1,0 +1,1 @@
+"""The Triton backend's layout (`layout`), kernels (`kernels`) and choices by device (`choices`)."""

@@ -1,0 +1,77 @@
+"""Sizes of kernels by the shape of a product: a rule, and what tuning found better on a device."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+_MOST_PARTS = 32
+"""Parts of a sum: each costs a write and a read of the result in float32."""
+_WAVES = 4
+"""Programs for each multiprocessor: enough loads in flight, and an even end."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Sizes of a product's kernel.
+
+    Attributes:
+        tokens: tokens of a program, 16 to 128.
+        parts: programs that share a panel's cells.
+        warps: warps of a program.
+        stages: cells that are on their way while one is multiplied.
+        dense: decode the weight, and leave the product to torch.
+    """
+
+    tokens: int
+    parts: int
+    warps: int = 4
+    stages: int = 4
+    dense: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """Return what JSON keeps of it."""
+        return asdict(self)
+
+
+def choose(device: torch.device, tokens: int, panels: int, across: int) -> Choice:
+    """Choose the sizes for so many tokens of a weight of so many panels, and cells across."""
+    name, multiprocessors = _device(device)
+    for entry in _tables().get(name, ()):
+        if tokens <= entry["most_tokens"] and panels * across <= entry["most_cells"]:
+            sizes = Choice(**entry["choice"])
+            return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
+    if tokens > 256:
+        return Choice(128, 1, 4, 3, dense=True)
+    sizes = Choice(next((size for size in (16, 32, 64) if tokens <= size), 128), 0)
+    return _split(sizes, tokens, panels, across, multiprocessors)
+
+
+def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors: int) -> Choice:
+    """Share panels among programs until all multiprocessors have work."""
+    programs = panels * -(-tokens // sizes.tokens)
+    parts = 1
+    while parts < min(_MOST_PARTS, across // 2) and programs * parts < _WAVES * multiprocessors:
+        parts *= 2
+    return Choice(sizes.tokens, parts, sizes.warps, sizes.stages, sizes.dense)
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":  # the interpreter's
+        return "interpreter", 1
+    found = torch.cuda.get_device_properties(device)
+    return found.name, found.multi_processor_count
+
+
+@functools.cache
+def _tables() -> dict[str, list[dict[str, Any]]]:
+    """Read what `benchmarks/gpu.py --tune` found, by the device's name; first match counts."""
+    text = resources.files(__package__).joinpath("tuned.json").read_text(encoding="utf-8")
+    tables: dict[str, list[dict[str, Any]]] = json.loads(text)
+    return tables

@@ -1,0 +1,531 @@
+"""Kernels over the cells of `layout`: products, and decoding.
+
+    multiply   y[t, n] = sum over cells of W x^T     a program: 64 rows, some tokens, and a part of
+    reduce     y = parts in order, + bias            the cells of its panel (split K)
+    decode     the dense weight, or rows of it
+
+Decoded weights stand on the left of the tensor core's product: 64 rows fill its M whatever the
+number of tokens, which becomes N.  Whole numbers, less their zero points, are exact in float16 and
+bfloat16, so a cell with one scale a row is multiplied exactly and scaled in float32 afterwards;
+where scales change within a cell (groups of 16 to 64) the weight is scaled in float32, then rounded
+to the inputs' type.
+
+At one token a weight must cost about three instructions of a lane for the memory to be the limit
+(H200: 4.8 TB/s at 3.4 bits are 1.1e13 weights a second, of 3.3e13 lane instructions).  So codes
+become numbers without conversions: written into the mantissa of a power of two, which is then
+subtracted.  Sums are float32, in an order that depends on the shape alone: same input, same bits.
+
+Sizes of a kernel are constants of its compilation (capitals).  Triton's interpreter runs all of
+this on the CPU, to the same numbers; `tools/gpu_kernels.py` compiles it for GPUs that are not here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitmosaic.backends._triton.cells import (
+    COLUMNS,
+    E2M1,
+    E4M3,
+    MIXED,
+    ROWS,
+    high_halves,
+    read_cell,
+    read_codes,
+    read_scales,
+    row_words,
+    scaled,
+    shifted,
+    spread,
+    wide_blocks,
+)
+
+
+@triton.jit
+def plus(a, b):
+    """Add; Triton's own sums are not interpreted where it was imported before it was told to."""
+    return a + b
+
+
+@triton.jit
+def read_inputs(
+    x, stride, columns, block, token, tokens, width, GATHER: tl.constexpr, CUT: tl.constexpr
+):
+    """Read what a cell multiplies: x^T, [128, tokens]."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    known = token[None, :] < tokens
+    if GATHER:
+        column = tl.load(columns + column)
+        known = known & (column >= 0)[:, None]
+    elif CUT:
+        known = known & (column < width)[:, None]
+    place = token[None, :].to(tl.int64) * stride + column[:, None]
+    return tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def product(weights, inputs):
+    """Multiply on tensor cores; float32 inputs in full precision."""
+    return tl.dot(weights.to(inputs.dtype), inputs, input_precision="ieee")
+
+
+@triton.jit
+def kind_product(
+    total,
+    w,
+    x,
+    stride,
+    panel,
+    part,
+    token,
+    tokens,
+    width,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Add the product of one part of a panel's cells of one kind to the sums [64, tokens]."""
+    WORDS: tl.constexpr = row_words(BITS)
+    first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
+    cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
+    start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
+    factor = tl.load(w.factors + 2 * INDEX)
+    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+        cell = first + number
+        block = tl.load(w.block + cell)
+        inputs = read_inputs(x, stride, w.columns, block, token, tokens, width, GATHER, CUT)
+        at = (start + number * WORDS) * ROWS
+        scale = read_scales(w.scales, cell, SCALE, SUBS)
+        if BITS == MIXED:
+            codes = read_codes(w.words, at, BITS)
+            wide, high = wide_blocks(w, cell), high_halves(w, cell)
+            each = spread(scale, SUBS)
+            narrow = scaled(shifted(codes, E2M1, inputs.dtype), each, SCALE, E2M1, inputs.dtype)
+            codes = codes | (high << 4)
+            broad = scaled(shifted(codes, E4M3, inputs.dtype), each, SCALE, E4M3, inputs.dtype)
+            total += product(tl.where(wide > 0, 0.0, narrow), inputs) * factor
+            other = tl.load(w.factors + 2 * INDEX + 1)
+            total += product(tl.where(wide > 0, broad, 0.0), inputs) * other
+        else:
+            weights = read_cell(w, cell, at, GRID, BITS, SUBS, POINTS, TABLE_BY, inputs.dtype)
+            if SUBS == 1:
+                total += product(weights, inputs) * (scale * factor)
+            else:
+                each = scaled(weights, spread(scale, SUBS), SCALE, GRID, inputs.dtype)
+                total += product(each, inputs) * factor
+    return total
+
+
+@triton.jit
+def panel_product(
+    w,
+    x,
+    stride,
+    panel,
+    part,
+    token,
+    tokens,
+    width,
+    KINDS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Multiply one part of the cells of a panel: float32 [64, tokens]."""
+    total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    for index in tl.static_range(len(KINDS)):
+        total = kind_product(
+            total,
+            w,
+            x,
+            stride,
+            panel,
+            part,
+            token,
+            tokens,
+            width,
+            KINDS[index][0],
+            KINDS[index][1],
+            index,
+            len(KINDS),
+            SUBS,
+            SCALE,
+            POINTS,
+            TABLE_BY,
+            GATHER,
+            CUT,
+            PARTS,
+            STAGES,
+        )
+    return total
+
+
+@triton.jit
+def outlier_product(w, x, stride, panel, token, tokens, TOKENS: tl.constexpr, CHUNK: tl.constexpr):
+    """Multiply the outliers of a panel, as cells of which each column has one entry."""
+    total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    last = tl.load(w.outlier_first + panel + 1)
+    row = tl.arange(0, ROWS)[:, None]
+    for first in range(tl.load(w.outlier_first + panel), last, CHUNK):
+        each = first + tl.arange(0, CHUNK)
+        here = each < last
+        column = tl.load(w.outlier_columns + each, mask=here, other=0)
+        known = here[:, None] & (token[None, :] < tokens)
+        place = token[None, :].to(tl.int64) * stride + column[:, None]
+        inputs = tl.load(x + place, mask=known, other=0.0)
+        value = tl.load(w.outlier_values + each, mask=here, other=0.0)[None, :]
+        mine = tl.load(w.outlier_rows + each, mask=here, other=0)[None, :] == row
+        total += product(tl.where(mine, value, 0.0), inputs)
+    return total
+
+
+@triton.jit
+def finish(
+    w, total, y, bias, unit, panel, token, tokens, out, SCATTER: tl.constexpr, BIAS: tl.constexpr
+):
+    """Write sums [64, tokens] in the inputs' unit to their places in y [tokens, out]."""
+    stored = panel * ROWS + tl.arange(0, ROWS)
+    row = tl.load(w.rows + stored) if SCATTER else stored
+    known = (row >= 0) & (row < out)
+    total = total * unit
+    if BIAS:
+        total += tl.load(bias + row, mask=known, other=0.0).to(tl.float32)[:, None]
+    place = token[None, :].to(tl.int64) * out + row[:, None]
+    tl.store(
+        y + place, total.to(y.dtype.element_ty), mask=known[:, None] & (token[None, :] < tokens)
+    )
+
+
+@triton.jit
+def keep(total, parts, part, panel, panels, token, tokens):
+    """Write the sums of one part of a panel's cells to parts [PARTS, tokens, panels 64]."""
+    place = (part.to(tl.int64) * tokens + token[None, :]) * (panels * ROWS)
+    place += panel * ROWS + tl.arange(0, ROWS)[:, None]
+    tl.store(parts + place, total, mask=token[None, :] < tokens)
+
+
+@triton.jit
+def multiply(
+    w,
+    x,
+    stride,
+    tokens,
+    y,
+    bias,
+    parts,
+    unit,
+    width,
+    out,
+    KINDS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    SCATTER: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute y [tokens, out] = x W^T unit + bias, or parts of the sums for `reduce`."""
+    panel, part = tl.program_id(0), tl.program_id(1)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    total = panel_product(
+        w,
+        x,
+        stride,
+        panel,
+        part,
+        token,
+        tokens,
+        width,
+        KINDS,
+        SUBS,
+        SCALE,
+        POINTS,
+        TABLE_BY,
+        GATHER,
+        CUT,
+        TOKENS,
+        PARTS,
+        STAGES,
+    )
+    if OUTLIERS:
+        if part == 0:
+            total += outlier_product(w, x, stride, panel, token, tokens, TOKENS, 64)
+    if PARTS == 1:
+        finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
+    else:
+        keep(total, parts, part, panel, tl.num_programs(0), token, tokens)
+
+
+@triton.jit
+def kind_whole(
+    total,
+    w,
+    x,
+    scales,
+    bands,
+    panel,
+    part,
+    token,
+    tokens,
+    padded,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    POINTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Add the product of whole numbers and int8 inputs to the sums [64, tokens].
+
+    Codes of 8 bits lose 128 to be int8; what that and the zero point leave out is a multiple of the
+    inputs' sum.  Everything in a cell is exact.
+    """
+    WORDS: tl.constexpr = row_words(BITS)
+    LOST: tl.constexpr = 128 if BITS == 8 else 0
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
+    cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
+    start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
+    factor = tl.load(w.factors + 2 * INDEX)
+    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+        cell = first + number
+        block = tl.load(w.block + cell)
+        known = token[None, :] < tokens
+        place = token[None, :].to(tl.int64) * padded + block * COLUMNS + column[:, None]
+        inputs = tl.load(x + place, mask=known, other=0, eviction_policy="evict_last")
+        band = tl.load(w.bands + block)
+        inputs_scale = tl.load(scales + token * bands + band, mask=token < tokens, other=0.0)
+        codes = read_codes(w.words, (start + number * WORDS) * ROWS, BITS)
+        exact = tl.dot((codes - LOST).to(tl.int8), inputs, out_dtype=tl.int32)
+        rest = tl.full((ROWS,), LOST, tl.int32)
+        if POINTS:
+            rest -= tl.load(w.points + cell.to(tl.int64) * ROWS + row).to(tl.int32)
+        exact += rest[:, None] * tl.reduce(inputs.to(tl.int32), 0, plus)[None, :]
+        scale = tl.load(w.scales + cell.to(tl.int64) * ROWS + row).to(tl.float32) * factor
+        total += exact.to(tl.float32) * scale[:, None] * inputs_scale[None, :]
+    return total
+
+
+@triton.jit
+def multiply_whole(
+    w,
+    x,
+    scales,
+    bands,
+    tokens,
+    y,
+    bias,
+    parts,
+    padded,
+    out,
+    KINDS: tl.constexpr,
+    POINTS: tl.constexpr,
+    SCATTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Multiply int8 inputs [tokens, padded], in prepared order, on int8 tensor cores.
+
+    `scales` [tokens, bands] are the inputs'.
+    """
+    panel, part = tl.program_id(0), tl.program_id(1)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    for index in tl.static_range(len(KINDS)):
+        total = kind_whole(
+            total,
+            w,
+            x,
+            scales,
+            bands,
+            panel,
+            part,
+            token,
+            tokens,
+            padded,
+            KINDS[index][1],
+            index,
+            len(KINDS),
+            POINTS,
+            PARTS,
+            STAGES,
+        )
+    if PARTS == 1:
+        finish(w, total, y, bias, 1.0, panel, token, tokens, out, SCATTER, BIAS)
+    else:
+        keep(total, parts, part, panel, tl.num_programs(0), token, tokens)
+
+
+@triton.jit
+def reduce(
+    w,
+    parts,
+    tokens,
+    y,
+    bias,
+    unit,
+    out,
+    SCATTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add the parts in their order and write y."""
+    panel, row = tl.program_id(0), tl.arange(0, ROWS)[:, None]
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    width = tl.num_programs(0) * ROWS
+    total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    for part in range(PARTS):
+        place = (part * tokens + token[None, :].to(tl.int64)) * width + panel * ROWS + row
+        total += tl.load(parts + place, mask=token[None, :] < tokens, other=0.0)
+    finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
+
+
+@triton.jit
+def kind_decode(
+    w,
+    y,
+    row,
+    panel,
+    part,
+    width,
+    out,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    GATHER: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write the numbers of one part of a panel's cells of one kind to the rows of y named `row`."""
+    WORDS: tl.constexpr = row_words(BITS)
+    first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
+    cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
+    start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
+    factor = tl.load(w.factors + 2 * INDEX)
+    for number in range(cells * part // PARTS, cells * (part + 1) // PARTS):
+        cell = first + number
+        at = (start + number * WORDS) * ROWS
+        scale = spread(read_scales(w.scales, cell, SCALE, SUBS), SUBS)
+        if BITS == MIXED:
+            codes = read_codes(w.words, at, BITS)
+            wide, high = wide_blocks(w, cell) > 0, high_halves(w, cell)
+            broad = shifted(codes | (high << 4), E4M3, tl.float32)
+            value = tl.where(wide, broad, shifted(codes, E2M1, tl.float32)) * scale
+            value *= tl.where(wide, tl.load(w.factors + 2 * INDEX + 1), factor)
+        else:
+            value = read_cell(w, cell, at, GRID, BITS, SUBS, POINTS, TABLE_BY, tl.float32)
+            value = value * scale * factor
+        column = tl.load(w.block + cell) * COLUMNS + tl.arange(0, COLUMNS)
+        if GATHER:
+            column = tl.load(w.columns + column)
+        here = (row >= 0)[:, None] & ((column >= 0) & (column < width))[None, :]
+        place = row[:, None].to(tl.int64) * width + column[None, :]
+        tl.store(y + place, value.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def decode(
+    w,
+    picked,
+    y,
+    width,
+    out,
+    KINDS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PICK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write decoded weights, without outliers, into y, whose entries are zero.
+
+    y is [out, in] in original order; with PICK row n is the stored row `picked[n]`.
+    """
+    if PICK:
+        chosen = tl.load(picked + tl.program_id(0))
+        panel = chosen // ROWS
+        stored = panel * ROWS + tl.arange(0, ROWS)
+        row = tl.where(stored == chosen, tl.program_id(0), -1)
+    else:
+        panel = tl.program_id(0)
+        stored = panel * ROWS + tl.arange(0, ROWS)
+        row = tl.load(w.rows + stored) if SCATTER else tl.where(stored < out, stored, -1)
+    for index in tl.static_range(len(KINDS)):
+        kind_decode(
+            w,
+            y,
+            row,
+            panel,
+            tl.program_id(1),
+            width,
+            out,
+            KINDS[index][0],
+            KINDS[index][1],
+            index,
+            len(KINDS),
+            SUBS,
+            SCALE,
+            POINTS,
+            TABLE_BY,
+            GATHER,
+            PARTS,
+        )
+
+
+@triton.jit
+def add_outliers(
+    w, picked, y, width, SCATTER: tl.constexpr, PICK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Add outliers to what `decode` has written."""
+    if PICK:
+        chosen = tl.load(picked + tl.program_id(0))
+        panel = chosen // ROWS
+    else:
+        panel = tl.program_id(0)
+    last = tl.load(w.outlier_first + panel + 1)
+    for first in range(tl.load(w.outlier_first + panel), last, CHUNK):
+        each = first + tl.arange(0, CHUNK)
+        here = each < last
+        stored = panel * ROWS + tl.load(w.outlier_rows + each, mask=here, other=0)
+        if PICK:
+            here = here & (stored == chosen)
+            row = tl.full((CHUNK,), 0, tl.int32) + tl.program_id(0)
+        else:
+            row = tl.load(w.rows + stored, mask=here, other=0) if SCATTER else stored
+        column = tl.load(w.outlier_columns + each, mask=here, other=0)
+        place = row.to(tl.int64) * width + column
+        value = tl.load(w.outlier_values + each, mask=here, other=0.0)
+        value += tl.load(y + place, mask=here, other=0.0).to(tl.float32)
+        tl.store(y + place, value.to(y.dtype.element_ty), mask=here)

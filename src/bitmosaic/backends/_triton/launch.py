@@ -1,0 +1,327 @@
+"""Launching the kernels: what each needs of a prepared weight, and the buffers between them."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitmosaic.activations import HIGH, LOW, ActivationRule
+from bitmosaic.backends._triton import choices, kernels, rounding
+from bitmosaic.backends._triton.layout import COLUMNS, ROWS
+from bitmosaic.backends._triton.prepare import prepare
+from bitmosaic.bands import BandRule, levels
+from bitmosaic.tensor import QuantizedTensor, invert
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of inputs and results of the kernels."""
+_DENSE_PARTS = 8
+"""Programs that decode a panel."""
+
+
+class Weight(NamedTuple):
+    """The arrays of a prepared weight that kernels read."""
+
+    columns: Tensor
+    rows: Tensor
+    first: Tensor
+    start: Tensor
+    block: Tensor
+    words: Tensor
+    scales: Tensor
+    points: Tensor
+    factors: Tensor
+    tables: Tensor
+    table: Tensor
+    flags: Tensor
+    high: Tensor
+    high_first: Tensor
+    outlier_first: Tensor
+    outlier_rows: Tensor
+    outlier_columns: Tensor
+    outlier_values: Tensor
+    bands: Tensor
+
+
+class Ready:
+    """A prepared weight, what its kernels are compiled for, and the handle that graphs hold."""
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        rule, order = tensor.activations, tensor.in_permutation
+        self.order = None if rule is None or order is None else order.long()
+        if rule is not None and order is not None:  # inputs come rounded, in stored order
+            tensor = _in_stored_columns(tensor)
+        self.prepared = prepared = prepare(tensor)
+        self.rule, self.out, self.width = rule, prepared.out, prepared.width
+        self.nowhere = torch.empty(0, dtype=torch.int32, device=tensor.device)
+        self.panels = prepared.first.shape[0]
+        self.across = prepared.padded // COLUMNS
+        rows = prepared.rows
+        self.places = invert(rows[rows >= 0].long()) if rows.numel() else None
+        self.arrays = Weight(*(getattr(prepared, name) for name in Weight._fields))
+        self.whole = isinstance(rule, BandRule) and prepared.whole_numbers
+        self.constants: dict[str, Any] = {
+            "KINDS": prepared.kinds,
+            "SUBS": COLUMNS // prepared.sub,
+            "SCALE": prepared.scale_type,
+            "POINTS": prepared.points.numel() > 0,
+            "TABLE_BY": prepared.table_by,
+            "GATHER": prepared.columns.numel() > 0,
+            "SCATTER": rows.numel() > 0,
+        }
+        self.source = self._source() if self.whole else self.nowhere
+        self.sensitivity = self.nowhere.float()
+        if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
+            self.sensitivity = rule.sensitivity.to(tensor.device, torch.float32)
+        self.cut = prepared.padded != prepared.width
+        self.outliers = prepared.outlier_first.numel() > 0
+        self.handle = next(_handles)
+        _held[self.handle] = self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the prepared weight holds."""
+        return self.prepared.nbytes
+
+    def _source(self) -> Tensor:
+        """Name the in_channel of each prepared column, -1 for none."""
+        columns = self.prepared.columns
+        if not columns.numel():
+            every = torch.arange(self.prepared.padded, device=columns.device)
+            columns = torch.where(every < self.width, every, -1)
+        if self.order is not None:
+            columns = torch.where(columns >= 0, self.order[columns.clamp(min=0).long()], -1)
+        return columns.to(torch.int32)
+
+
+_handles = itertools.count()
+_held: weakref.WeakValueDictionary[int, Ready] = weakref.WeakValueDictionary()
+
+
+def held(handle: int) -> Ready:
+    """Return the weight that has a handle, which is never given twice in a process."""
+    return _held[handle]
+
+
+def multiply_rounded(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Multiply inputs rounded by the weight's rule."""
+    rule = ready.rule
+    assert rule is not None
+    if ready.whole:
+        _multiply_whole(ready, *round_bands(ready, x), bias, y)
+    elif isinstance(rule, BandRule):
+        values = rule.values(x if ready.order is None else x[:, ready.order])
+        multiply(ready, values, bias, y, rule.unit)
+    else:
+        # Six significant bits: where the weight's numbers fit bfloat16 too, nothing is lost.
+        dtype = torch.bfloat16 if ready.prepared.exact_in_bf16 else torch.float32
+        multiply(ready, round_tiles(ready, x, dtype), bias, y, rule.unit)
+
+
+def round_tiles(ready: Ready, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round inputs by an `ActivationRule`, in stored order: equals its `values`."""
+    rule, width = ready.rule, ready.width
+    assert isinstance(rule, ActivationRule)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rounding.round_tiles[x.shape[0], -(-width // COLUMNS)](
+        x if x.stride(1) == 1 else x.contiguous(),
+        x.stride(0) if x.stride(1) == 1 else width,
+        ready.nowhere if ready.order is None else ready.order,
+        ready.sensitivity,
+        y,
+        width,
+        float(1 / torch.tensor(rule.tensor_scale, dtype=torch.float32)),
+        rule.threshold,
+        LOW=LOW in rule.formats,
+        HIGH=HIGH in rule.formats,
+        GATHER=ready.order is not None,
+        SIZE=COLUMNS,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round inputs by a `BandRule`: its `codes`, in prepared order, and their scales."""
+    rule, prepared = ready.rule, ready.prepared
+    assert isinstance(rule, BandRule)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    codes = torch.empty(x.shape[0], prepared.padded, dtype=torch.int8, device=x.device)
+    scales = torch.empty(x.shape[0], len(rule.formats), device=x.device)
+    rounding.round_bands[x.shape[0],](
+        x,
+        x.stride(0),
+        ready.source,
+        prepared.bands,
+        codes,
+        scales,
+        prepared.padded,
+        LEVELS=tuple(float(levels(name)) for name in rule.formats),
+        SIZE=COLUMNS,
+        enable_fp_fusion=False,
+    )
+    return codes, scales
+
+
+def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
+    """Write x W^T unit + bias into y; many tokens are multiplied by a decoded copy."""
+    tokens, bias_given = x.shape[0], bias is not None
+    choice = choices.choose(x.device, tokens, ready.panels, ready.across)
+    if choice.dense and x.dtype == y.dtype and unit == 1.0:
+        y.copy_(functional.linear(x, dense(ready, x.dtype, exact=False), bias).view(y.shape))
+        return
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    bias = y if bias is None else bias
+    parts = _parts(ready, tokens, choice.parts, x.device)
+    grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
+    kernels.multiply[grid](
+        ready.arrays,
+        x,
+        x.stride(0),
+        tokens,
+        y,
+        bias,
+        parts,
+        unit,
+        ready.width,
+        ready.out,
+        **ready.constants,
+        CUT=ready.cut,
+        OUTLIERS=ready.outliers,
+        BIAS=bias_given,
+        TOKENS=choice.tokens,
+        PARTS=choice.parts,
+        STAGES=choice.stages,
+        num_warps=choice.warps,
+    )
+    _reduce(ready, parts, tokens, y, bias, unit, choice.parts, bias_given)
+
+
+def _multiply_whole(
+    ready: Ready, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+) -> None:
+    """Multiply int8 codes [tokens, padded] with scales [tokens, bands]."""
+    tokens = codes.shape[0]
+    choice = choices.choose(codes.device, min(tokens, 256), ready.panels, ready.across)
+    bias_given, bias = bias is not None, y if bias is None else bias
+    parts = _parts(ready, tokens, choice.parts, codes.device)
+    grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
+    kernels.multiply_whole[grid](
+        ready.arrays,
+        codes,
+        scales,
+        scales.shape[1],
+        tokens,
+        y,
+        bias,
+        parts,
+        ready.prepared.padded,
+        ready.out,
+        KINDS=ready.prepared.kinds,
+        POINTS=ready.constants["POINTS"],
+        SCATTER=ready.constants["SCATTER"],
+        BIAS=bias_given,
+        TOKENS=choice.tokens,
+        PARTS=choice.parts,
+        STAGES=choice.stages,
+        num_warps=choice.warps,
+    )
+    _reduce(ready, parts, tokens, y, bias, 1.0, choice.parts, bias_given)
+
+
+def _parts(ready: Ready, tokens: int, count: int, device: torch.device) -> Tensor:
+    shape = (count, tokens, ready.panels * ROWS) if count > 1 else (1,)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _reduce(
+    ready: Ready,
+    parts: Tensor,
+    tokens: int,
+    y: Tensor,
+    bias: Tensor,
+    unit: float,
+    count: int,
+    bias_given: bool,
+) -> None:
+    if count == 1:
+        return
+    grid = (ready.panels, -(-tokens // 16))
+    kernels.reduce[grid](
+        ready.arrays,
+        parts,
+        tokens,
+        y,
+        bias,
+        unit,
+        ready.out,
+        SCATTER=ready.constants["SCATTER"],
+        BIAS=bias_given,
+        TOKENS=16,
+        PARTS=count,
+    )
+
+
+def dense(ready: Ready, dtype: torch.dtype, *, exact: bool = True) -> Tensor:
+    """Decode the whole weight [out, in]; equals `QuantizedTensor.dequantize(dtype)` where exact.
+
+    Else outliers are added in dtype, to a number that was rounded to it.
+    """
+    if dtype not in TYPES or (exact and ready.outliers):
+        return decode(ready, None, torch.float32).to(dtype)
+    return decode(ready, None, dtype)
+
+
+def decode(ready: Ready, picked: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Decode the whole weight, or the stored rows `picked` (int32), in dtype."""
+    count = ready.out if picked is None else picked.numel()
+    device = ready.arrays.words.device
+    y = torch.zeros(count, ready.width, dtype=dtype, device=device)
+    if not count:
+        return y
+    programs = ready.panels if picked is None else count
+    rows = ready.arrays.first if picked is None else picked
+    with on(device):
+        kernels.decode[programs, _DENSE_PARTS](
+            ready.arrays,
+            rows,
+            y,
+            ready.width,
+            ready.out,
+            **ready.constants,
+            PICK=picked is not None,
+            PARTS=_DENSE_PARTS,
+        )
+        if ready.outliers:
+            kernels.add_outliers[programs,](
+                ready.arrays,
+                rows,
+                y,
+                ready.width,
+                SCATTER=ready.constants["SCATTER"],
+                PICK=picked is not None,
+                CHUNK=128,
+            )
+    return y
+
+
+def _in_stored_columns(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Return the weight with its in_channels in stored order, which is not noted any more."""
+    tensor = tensor.with_plain_outliers()
+    assert tensor.in_permutation is not None
+    columns, order = tensor.outlier_columns, tensor.in_permutation
+    if columns is not None:
+        columns = invert(order.long())[columns.long()].to(columns.dtype)
+    return replace(tensor, in_permutation=None, outlier_columns=columns)
+
+
+def on(device: torch.device) -> torch.cuda.device:
+    """Launch on the GPU that holds the data; nothing on a CPU."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,451 @@
+"""Cutting a packed weight into the cells of `layout`, by tensor operations on its own device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitmosaic.backends._triton.layout import (
+    AFFINE,
+    BF16,
+    BLOCK,
+    COLUMNS,
+    E2M1,
+    E4M3,
+    E5M2,
+    FP16,
+    MIXED,
+    RAW,
+    ROWS,
+    TABLE,
+    Kind,
+    Prepared,
+    fields_of,
+    pack,
+    row_words,
+)
+from bitmosaic.bands import BandRule
+from bitmosaic.formats import Format, Parameters
+from bitmosaic.tensor import QuantizedTensor, invert
+
+_WIDTHS = (1, 2, 3, 4, 8)
+_TYPES = {
+    (8, E4M3): torch.float8_e4m3fn,
+    (8, E5M2): torch.float8_e5m2,
+    (16, FP16): torch.float16,
+    (16, BF16): torch.bfloat16,
+}
+
+
+def prepare(tensor: QuantizedTensor) -> Prepared:
+    """Repack a weight; takes, for a while, some 20 bytes a weight on its device."""
+    tensor = tensor.with_plain_outliers()
+    bare = replace(tensor.without_outliers(), in_permutation=None, out_permutation=None)
+    return _Cells(bare).prepared(tensor)
+
+
+class _Cells:
+    """A weight in stored order, without outliers, cut into cells.
+
+    Attributes:
+        order: [padded] stored column of each prepared column, -1 for none.
+        kinds: kinds of cells that there are.
+        panel, block, kind: of each cell, in the order in which they are kept.
+    """
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        self.tensor, self.device = tensor, tensor.device
+        self.out, self.width = tensor.shape
+        self.panels = -(-self.out // ROWS)
+        self.of_format = [_kind(fmt) for fmt in tensor.formats]
+        self.order, self.bands = self._columns()
+        self.across = self.order.numel() // COLUMNS
+        self.tile_map = tensor.tile_formats().to(self.device)
+        self.present = torch.stack(
+            [self._cut(self._formats() == index).any(3).any(1) for index in self._indices()]
+        )
+        self.kinds, kind = self._kinds()
+        panel, block = torch.nonzero(kind >= 0, as_tuple=True)
+        kind = kind[panel, block]
+        sort = torch.argsort(panel * len(self.kinds) + kind, stable=True)
+        self.panel, self.block, self.kind = panel[sort], block[sort], kind[sort]
+
+    def prepared(self, original: QuantizedTensor) -> Prepared:
+        """Pack all arrays; `original` has the orders and the outliers."""
+        codes = self._spread(lambda codes, parameters: codes, torch.int32)
+        factors, folded = self._factors()
+        table_by, tables, table = self._tables()
+        sub = self._sub(folded, table_by)
+        scale_type, scales, points = self._scales(folded, sub)
+        if table_by == "row":
+            table = self._cells(table, sub)
+        words, start = self._words(codes)
+        columns, rows = self._orders(original)
+        return Prepared(
+            self.out,
+            self.width,
+            self.order.numel(),
+            self.kinds,
+            sub,
+            scale_type,
+            table_by,
+            self.tensor.activations,
+            columns,
+            rows,
+            self._first(),
+            start,
+            self.block.to(torch.int32),
+            words,
+            scales,
+            points,
+            factors,
+            tables,
+            table.to(torch.int32),
+            *self._halves(codes),
+            *self._outliers(original),
+            self.bands,
+        )
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Order the columns, filling up to a cell wherever two may not share one."""
+        tensor, stored = self.tensor, torch.arange(self.width, device=self.device)
+        band = grid = torch.zeros_like(stored)
+        if isinstance(tensor.activations, BandRule):
+            band = tensor.activations.columns(self.width).to(self.device)
+        key = band
+        if tensor.tile[0] >= self.out and tensor.tile[1] < COLUMNS and len(tensor.formats) > 1:
+            names = [(RAW + 1, 0) if kind is None else kind for kind in self.of_format]
+            ranks = torch.tensor([sorted(set(names)).index(name) for name in names])
+            grids = torch.tensor([name[0] for name in names])
+            used = tensor.tile_formats()[0].long()[stored.cpu() // tensor.tile[1]]
+            key = band * len(names) + ranks[used].to(self.device)
+            grid = grids[used].to(self.device)
+        sort = torch.argsort(key, stable=True)
+        segment = band[sort] * (RAW + 2) + grid[sort]
+        _, lengths = torch.unique_consecutive(segment, return_counts=True)
+        parts, bands, begin = [], [], 0
+        for length in lengths.tolist():
+            part = stored[sort[begin : begin + length]]
+            parts.append(torch.nn.functional.pad(part, (0, -length % COLUMNS), value=-1))
+            bands += [int(band[part[0]])] * (parts[-1].numel() // COLUMNS)
+            begin += length
+        return torch.cat(parts), torch.tensor(bands, dtype=torch.int32, device=self.device)
+
+    def _indices(self) -> range:
+        return range(len(self.tensor.formats))
+
+    def _formats(self) -> Tensor:
+        """Return the format of each weight, [out, padded]; 255 where there is no column."""
+        tile = self.tensor.tile
+        rows = torch.arange(self.out, device=self.device) // tile[0]
+        used = self.tile_map[rows][:, self.order.clamp(min=0) // tile[1]]
+        return torch.where(self.order >= 0, used, 255)
+
+    def _cut(self, matrix: Tensor) -> Tensor:
+        """View [out, padded / n] as [panels, 64, cells across, 128 / n], filled by zeros."""
+        filled = torch.nn.functional.pad(matrix, (0, 0, 0, self.panels * ROWS - self.out))
+        return filled.view(self.panels, ROWS, self.across, -1)
+
+    def _cells(self, matrix: Tensor, step: int = 1) -> Tensor:
+        """Take [out, padded] apart into [cells, 64, 128 / step], every step-th column."""
+        return self._cut(matrix[:, ::step])[self.panel, :, self.block]
+
+    def _spread(self, value: Callable[[Tensor, Parameters], Tensor], dtype: torch.dtype) -> Tensor:
+        """Lay out a number of each group or code as [out, padded]; 0 where there is none."""
+        matrix = torch.zeros(self.tensor.shape, dtype=dtype, device=self.device)
+        for section, codes, parameters in self.tensor.sections():
+            if section.format.bits:
+                each = value(codes, parameters).expand(codes.shape)
+                section.scatter(matrix, section.ungroup(each))
+        return self._ordered(matrix)
+
+    def _ordered(self, matrix: Tensor) -> Tensor:
+        return torch.where(self.order >= 0, matrix[:, self.order.clamp(min=0)], 0)
+
+    def _kinds(self) -> tuple[tuple[Kind, ...], Tensor]:
+        """Decide on the kind of each cell: [panels, across] of indices, -1 where nothing is."""
+        least, most, bits = (
+            torch.full((self.panels, self.across), start, device=self.device)
+            for start in (RAW + 1, -1, 0)
+        )
+        for kind, here in zip(self.of_format, self.present, strict=True):
+            if kind is not None:
+                least = torch.where(here, least.clamp(max=kind[0]), least)
+                most = torch.where(here, most.clamp(min=kind[0]), most)
+                bits = torch.where(here, bits.clamp(min=kind[1]), bits)
+        blocks = self._boundaries(BLOCK, [self._tile_numbers()])
+        both = (least == E2M1) & (most == E4M3) & blocks
+        unlike = (least != most) & ~both
+        grid = torch.where(unlike, RAW, least)
+        bits = torch.where(both, MIXED, torch.where(unlike, 32, bits))
+        found = torch.where(most >= 0, grid * 64 + bits, -1)
+        kinds = [each for each in found.unique().tolist() if each >= 0]
+        numbers = torch.full_like(found, -1)
+        for number, each in enumerate(kinds):
+            numbers[found == each] = number
+        return tuple((each // 64, each % 64) for each in kinds), numbers
+
+    def _tile_numbers(self) -> Tensor:
+        return self.order // self.tensor.tile[1]
+
+    def _boundaries(self, step: int, numbers: list[Tensor]) -> bool:
+        """Tell whether columns that stand together in `step` are of one part in every sense."""
+        real = (self.order >= 0).view(-1, step)
+        for each in numbers:
+            parts = each.view(-1, step)
+            if bool(((parts != parts[:, :1]) & real).any()):
+                return False
+        return True
+
+    def _members(self, number: int) -> list[int]:
+        """List the formats that occur in cells of a kind."""
+        kind = torch.full((self.panels, self.across), -1, device=self.device)
+        kind[self.panel, self.block] = self.kind
+        here = (self.present & (kind == number)).flatten(1).any(1)
+        return [index for index in self._indices() if here[index] and self.of_format[index]]
+
+    def _tensor_scales(self) -> list[float]:
+        scales: list[float] = self.tensor.tensor_scales.clone().view(torch.float32).tolist()
+        return scales
+
+    def _factors(self) -> tuple[Tensor, bool]:
+        """Return the tensor scales by kind, or ones and True where they must go into the scales."""
+        scales, factors = self._tensor_scales(), []
+        for number, (grid, bits) in enumerate(self.kinds):
+            members = self._members(number)
+            halves = (
+                [
+                    [i for i in members if self.of_format[i] == (g, b)]
+                    for g, b in ((E2M1, 4), (E4M3, 8))
+                ]
+                if bits == MIXED
+                else [members, members]
+            )
+            if grid == RAW:
+                factors.append([1.0, 1.0])
+                continue
+            if any(len({scales[i] for i in half}) > 1 for half in halves):
+                return torch.ones(len(self.kinds), 2, device=self.device), True
+            factors.append([scales[half[0]] for half in halves])
+        return torch.tensor(factors, device=self.device).view(-1, 2), False
+
+    def _sub(self, folded: bool, table_by: str) -> int:
+        """Find the columns that share a scale, a zero point and a table."""
+        tile, numbers = self.tensor.tile[1], []
+        inside = self.order % tile
+        scaled = [
+            f for f in self.tensor.formats if f.bits and (f.scale_format or f.stores_zero_point)
+        ]
+        if scaled or folded or table_by == "row":
+            if len(self.tensor.formats) > 1 or table_by == "row":
+                numbers.append(self._tile_numbers())
+            for fmt in scaled:
+                group = min(fmt.group or tile, tile)
+                numbers.append(self._tile_numbers() * -(-tile // group) + inside // group)
+        return next(
+            step for step in (128, 64, 32, 16, 8, 4, 2, 1) if self._boundaries(step, numbers)
+        )
+
+    def _scales(self, folded: bool, sub: int) -> tuple[str, Tensor, Tensor]:
+        """Return how scales are kept, scales and zero points of all cells."""
+        empty = torch.empty(0, device=self.device)
+        scaled = {f.scale_format for f in self.tensor.formats if f.bits and f.scale_format}
+        affine = any(grid == AFFINE for grid, _ in self.kinds)
+        if not scaled and not affine and not folded:
+            return "none", empty, self._points(sub)
+        factors = dict(zip(self._indices(), self._tensor_scales(), strict=True))
+        one = torch.ones((), device=self.device)
+        scales = torch.zeros(self.tensor.shape, device=self.device)
+        for section, codes, parameters in self.tensor.sections():
+            if section.format.bits:
+                each = one if parameters.scale is None else parameters.scale[..., None]
+                each = each * factors[section.format_index] if folded else each
+                section.scatter(scales, section.ungroup(each.expand(codes.shape)))
+        kept = self._cells(self._ordered(scales), sub)
+        kept[self._is_raw()] = 1.0
+        if folded or not scaled <= {"fp16", "e4m3"}:
+            if not folded and scaled == {"e8m0"}:
+                return (
+                    "e8m0",
+                    kept.clamp(min=2.0**-127).to(torch.float8_e8m0fnu).view(torch.uint8),
+                    self._points(sub),
+                )
+            return "float", kept, self._points(sub)
+        if scaled == {"e4m3"}:
+            return "e4m3", kept.to(torch.float8_e4m3fn).view(torch.uint8), self._points(sub)
+        return "float", kept.to(torch.float16), self._points(sub)
+
+    def _is_raw(self) -> Tensor:
+        raw = torch.tensor(
+            [grid == RAW for grid, _ in self.kinds], dtype=torch.bool, device=self.device
+        )
+        return raw[self.kind]
+
+    def _points(self, sub: int) -> Tensor:
+        """Return the zero points of all cells, whole numbers as bytes; empty for none."""
+        used = [fmt for fmt in self.tensor.formats if fmt.bits]
+        if not any(fmt.stores_zero_point or fmt.fixed_zero_point for fmt in used):
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        points = torch.zeros(self.tensor.shape, device=self.device)
+        for section, codes, parameters in self.tensor.sections():
+            fixed = torch.full((), section.format.fixed_zero_point, device=self.device)
+            each = fixed if parameters.zero_point is None else parameters.zero_point[..., None]
+            section.scatter(points, section.ungroup(each.expand(codes.shape)))
+        kept = self._cells(self._ordered(points), sub)
+        kept[self._is_raw()] = 0.0
+        whole = bool((kept == kept.round()).all()) and bool((kept <= 255).all())
+        return kept.to(torch.uint8 if whole else torch.float16)
+
+    def _tables(self) -> tuple[str, Tensor, Tensor]:
+        """Return by what part there are tables, their values, and where each part's starts."""
+        nowhere = torch.zeros(0, device=self.device)
+        if not any(grid == TABLE for grid, _ in self.kinds):
+            return "none", nowhere, nowhere
+        values, size = [torch.zeros(256, device=self.device)], 256
+        starts = torch.zeros(self.tensor.shape, dtype=torch.int32, device=self.device)
+        for section, _, parameters in self.tensor.sections():
+            kind = self.of_format[section.format_index]
+            if kind is None or kind[0] != TABLE:
+                continue
+            grids = parameters.grid
+            if grids is None:
+                assert section.format.grid is not None
+                grids = section.format.grid[None].to(self.device)
+            first = size + torch.arange(grids.shape[0], device=self.device) * grids.shape[1]
+            each = first.view(-1, 1, 1).expand(section.count, section.rows, section.columns)
+            section.scatter(starts, each)
+            values.append(grids.float().nan_to_num(0.0).flatten())
+            size += grids.numel()
+        ordered = self._ordered(starts)
+        cells = self._cells(ordered).flatten(1)
+        real = (self._cells(self.order.expand(self.out, -1) + 1) > 0).flatten(1)
+        largest = cells.amax(1)
+        tables = torch.cat(values)
+        if bool((~real | (cells == largest[:, None])).all()):
+            return "cell", tables, largest
+        if bool((ordered == ordered[:1]).all()):
+            return "column", tables, ordered[0]
+        return "row", tables, ordered
+
+    def _first(self) -> Tensor:
+        """Count the cells before each kind of each panel."""
+        kinds = len(self.kinds)
+        counts = torch.bincount(self.panel * kinds + self.kind, minlength=self.panels * kinds)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = torch.arange(self.panels, device=self.device)[:, None] * kinds
+        return ends[places + torch.arange(kinds + 1, device=self.device)].to(torch.int32)
+
+    def _words(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack the codes of all cells; also where each kind of each panel starts."""
+        sizes = torch.tensor([ROWS * row_words(kind) for kind in self.kinds], device=self.device)
+        ends = sizes[self.kind].cumsum(0)
+        total = int(ends[-1]) if ends.numel() else 0
+        words = torch.zeros(total, dtype=torch.int32, device=self.device)
+        begins = ends - sizes[self.kind]
+        for number, kind in enumerate(self.kinds):
+            here = torch.nonzero(self.kind == number).flatten()
+            size = int(sizes[number])
+            for part in here.split(max(1, (1 << 22) // size)):
+                if kind[0] == RAW:
+                    packed = self._decoded(part)
+                else:
+                    cells = self._cut(codes)[self.panel[part], :, self.block[part]]
+                    packed = pack(cells & 15 if kind[1] == MIXED else cells, kind)
+                places = begins[part][:, None] + torch.arange(size, device=self.device)
+                words[places.flatten()] = packed.flatten()
+        ends = torch.cat([ends.new_zeros(1), ends])
+        return words, (ends[self._first()[:, :-1].long()] // ROWS).to(torch.int32)
+
+    def _decoded(self, cells: Tensor) -> Tensor:
+        values = self._ordered(self.tensor.dequantize())
+        return (
+            self._cut(values)[self.panel[cells], :, self.block[cells]]
+            .contiguous()
+            .view(torch.int32)
+        )
+
+    def _halves(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the flags of mixed cells, the high halves, and where those of each row start."""
+        empty = torch.empty(0, dtype=torch.int32, device=self.device)
+        if not any(bits == MIXED for _, bits in self.kinds):
+            return empty.to(torch.uint8), empty, empty
+        wide = torch.tensor(
+            [kind == (E4M3, 8) for kind in self.of_format] + [False] * (256 - len(self.of_format)),
+            device=self.device,
+        )
+        mixed = torch.tensor([bits == MIXED for _, bits in self.kinds], device=self.device)
+        flags = self._cells(wide[self._formats().int()], BLOCK) & mixed[self.kind].view(-1, 1, 1)
+        weights = 1 << torch.arange(COLUMNS // BLOCK, device=self.device)
+        counts = flags.sum(2).flatten()
+        high = self._cells(codes).unflatten(2, (-1, BLOCK))[flags] >> 4
+        return (
+            (flags * weights).sum(2).to(torch.uint8),
+            fields_of(high, 4, 2).flatten(),
+            (counts.cumsum(0) - counts).view(flags.shape[:2]).to(torch.int32),
+        )
+
+    def _orders(self, original: QuantizedTensor) -> tuple[Tensor, Tensor]:
+        """Return the in_channel of each prepared column and the out_channel of each stored row."""
+        columns, rows = self.order, torch.arange(self.out, device=self.device)
+        if original.in_permutation is not None:
+            columns = original.in_permutation.long()[columns.clamp(min=0)]
+            columns = torch.where(self.order >= 0, columns, -1)
+        if original.out_permutation is not None:
+            rows = original.out_permutation.long()
+        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+        in_order = bool((columns[: self.width].cpu() == torch.arange(self.width)).all())
+        rows = torch.nn.functional.pad(rows, (0, self.panels * ROWS - self.out), value=-1)
+        return (
+            nothing if in_order else columns.to(torch.int32),
+            nothing if original.out_permutation is None else rows.to(torch.int32),
+        )
+
+    def _outliers(self, original: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return outliers by panel: how many before it, row, in_channel, what to add."""
+        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+        if original.outlier_values is None:
+            return nothing, nothing, nothing, nothing.float()
+        rows, columns = original.outlier_positions()
+        decoded = original.without_outliers().dequantize()[rows, columns]
+        more = original.outlier_values.float() - decoded
+        if original.out_permutation is not None:
+            rows = invert(original.out_permutation.long())[rows]
+        sort = torch.argsort(rows, stable=True)
+        counts = torch.bincount(rows // ROWS, minlength=self.panels)
+        return (
+            torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
+            (rows % ROWS)[sort].to(torch.int32),
+            columns[sort].to(torch.int32),
+            more[sort],
+        )
+
+
+def _kind(fmt: Format) -> Kind | None:
+    """Say what a format's codes are, by what they decode to; None where they take no bits."""
+    if fmt.bits == 0:
+        return None
+    bits = next((width for width in _WIDTHS if width >= fmt.bits), 16)
+    if fmt.is_affine:
+        return (AFFINE, bits) if bits <= 8 else (RAW, 32)
+    fixed = fmt.grid
+    if fixed is not None and not fmt.fixed_zero_point and not fmt.stores_zero_point:
+        for (width, grid), values in _float_grids().items():
+            if width == fmt.bits and torch.equal(values, fixed.nan_to_num(0.0)):
+                return grid, width
+    return (TABLE, bits) if bits <= 8 else (RAW, 32)
+
+
+@functools.cache
+def _float_grids() -> dict[tuple[int, int], Tensor]:
+    """Return the values of float types by bit pattern, 0 for what is no finite number."""
+    half = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    grids = {(4, E2M1): torch.cat([half, -half])}
+    for (width, grid), dtype in _TYPES.items():
+        codes = torch.arange(2**width, dtype=torch.int32)
+        values = codes.to(torch.uint8 if width == 8 else torch.int16).view(dtype).float()
+        grids[width, grid] = torch.where(values.isfinite(), values, 0.0)
+    return grids

@@ -1,0 +1,73 @@
+"""Kernels of the GPU run here in Triton's interpreter, on the CPU, to the same numbers.
+
+The interpreter keeps bfloat16 as the integers of its bits and calculates with these; its casts cut
+off.  So both are set right here: calculated in float32, rounded to nearest even, as GPUs do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'bitmosaic[gpu]'")
+
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+before = os.environ.get("TRITON_INTERPRET")
+os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
+import bitmosaic.backends._triton.launch  # noqa: E402, F401
+
+if before is None:
+    del os.environ["TRITON_INTERPRET"]
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrowed(values: np.ndarray) -> np.ndarray:
+    contiguous = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return contiguous.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backend run on the CPU, with bfloat16 as it should be."""
+    binary, cast = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl
+    dot = InterpreterBuilder.create_dot
+
+    def binary_op(self: Any, left: Any, right: Any, operation: Callable[..., Any]) -> Any:
+        if left.dtype.scalar != tl.bfloat16:
+            return binary(self, left, right, operation)
+        exact = operation(widened(left.data), widened(right.data))
+        return TensorHandle(narrowed(exact), tl.bfloat16)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == target.scalar:
+            return cast(self, source, target)
+        if source.dtype.scalar == tl.bfloat16:
+            wide = TensorHandle(widened(source.data), tl.float32)
+            return wide if target.scalar == tl.float32 else cast(self, wide, target)
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(narrowed(source.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        if left.dtype.scalar == tl.bfloat16:
+            left, right = (TensorHandle(widened(each.data), tl.float32) for each in (left, right))
+        return dot(self, left, right, *rest)
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return TensorHandle(narrowed(np.array([value])), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "binary_op", binary_op)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "get_bf16", get_bf16, raising=False)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")

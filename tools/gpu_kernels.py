@@ -1,0 +1,211 @@
+"""Compile the GPU kernels for GPUs that are not here, and look at what the compiler made of them.
+
+    python tools/gpu_kernels.py [--architectures 80,90,100] [--jobs 2]
+
+Of each product: weights come by asynchronous copies of 16 bytes; on Hopper they are multiplied by
+wgmma, on Blackwell by tcgen05, before that by mma.sync; nothing is spilled to local memory; shared
+memory fits; and codes become numbers without a conversion instruction a weight.  The last is
+counted in PTX: a cell has 8192 weights, 64 for each of 128 threads, in each of a kind's loops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bitmosaic.backends._triton import kernels, layout
+from bitmosaic.backends._triton.launch import Weight
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
+TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+INT8_TENSOR_CORE = TENSOR_CORE | {100: r"mma\.sync"}
+"""Triton has no int8 form of tcgen05; Blackwell then uses the older instruction."""
+WEIGHTS_A_THREAD = 64
+A = layout.AFFINE
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product to compile.
+
+    Attributes:
+        name: how it is called in the table.
+        kinds: kinds of the weight's cells.
+        tokens: tokens of a program.
+        converts: whether codes may be converted one by one: look-up tables hold float32.
+        whole: whether inputs are int8.
+    """
+
+    name: str
+    kinds: tuple[layout.Kind, ...]
+    dtype: str = "bf16"
+    tokens: int = 16
+    sub: int = 128
+    scale: str = "float"
+    table_by: str = "none"
+    gather: bool = True
+    outliers: bool = False
+    converts: bool = False
+    whole: bool = False
+    types: dict[str, str] = field(default_factory=dict)
+
+
+FP4: dict[str, Any] = {"sub": 16, "scale": "e4m3", "types": {"scales": "*u8"}}
+CASES = (
+    Case("int4, in order", ((A, 4),), gather=False),
+    Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True),
+    Case("int2, int3, int4; fp16", ((A, 2), (A, 3), (A, 4)), dtype="fp16"),
+    Case("int1, int8", ((A, 1), (A, 8))),
+    Case("int2, int4; 64 tokens", ((A, 2), (A, 4)), tokens=64),
+    Case("codebook3", ((layout.TABLE, 3),), scale="none", table_by="column", converts=True),
+    Case("nvfp4", ((layout.E2M1, 4),), **FP4),
+    Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
+    Case("fp8", ((layout.E4M3, 8),), scale="none"),
+    Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), whole=True),
+)
+
+
+def types(case: Case) -> Weight:
+    """Return a prepared weight with the types of its arrays in their place."""
+    given: dict[str, Any] = dict.fromkeys(Weight._fields, "*i32")
+    given |= {"scales": "*fp16", "points": "*u8", "flags": "*u8"}
+    given |= dict.fromkeys(("factors", "tables", "outlier_values"), "*fp32")
+    return Weight(**(given | case.types))
+
+
+def source(case: Case) -> ASTSource:
+    """Describe a kernel with its types, constants, and what is known of alignment."""
+    has_points = case.kinds[0][0] == layout.AFFINE
+    constants: dict[str, Any] = {
+        "KINDS": case.kinds,
+        "POINTS": has_points,
+        "SCATTER": case.gather,
+        "BIAS": False,
+        "TOKENS": case.tokens,
+        "PARTS": 8,
+        "STAGES": 4,
+    }
+    signature: dict[str, Any] = {"w": types(case), "y": "*bf16", "bias": "*bf16", "parts": "*fp32"}
+    if case.whole:
+        kernel = kernels.multiply_whole
+        signature |= {"x": "*i8", "scales": "*fp32"}
+    else:
+        kernel = kernels.multiply
+        signature |= {"x": f"*{case.dtype}", "y": f"*{case.dtype}", "unit": "fp32"}
+        constants |= {
+            "SUBS": layout.COLUMNS // case.sub,
+            "SCALE": case.scale,
+            "TABLE_BY": case.table_by,
+            "GATHER": case.gather,
+            "CUT": False,
+            "OUTLIERS": case.outliers,
+        }
+    names = kernel.arg_names
+    ordered = {
+        name: "constexpr" if name in constants else signature.get(name, "i32") for name in names
+    }
+    aligned: dict[tuple[int, ...], Any] = {}
+    for place, name in enumerate(names):
+        if name == "w":
+            aligned |= {
+                (place, each): [["tt.divisibility", 16]] for each in range(len(types(case)))
+            }
+        elif ordered[name] != "constexpr" and name not in ("tokens", "bands", "unit"):
+            aligned[place,] = [["tt.divisibility", 16]]
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    return ASTSource(kernel, ordered, fixed, aligned)
+
+
+def compiled(task: tuple[Case, int]) -> dict[str, Any]:
+    """Compile for an architecture and count."""
+    case, architecture = task
+    made = triton.compile(source(case), target=GPUTarget("cuda", architecture, 32))
+    ptx = made.asm["ptx"]
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    core = (INT8_TENSOR_CORE if case.whole else TENSOR_CORE)[architecture]
+    registers, spilled = assembled(ptx, architecture)
+    return {
+        "case": case,
+        "architecture": architecture,
+        "copies": count(r"cp\.async\.c[ag]\.shared\.global[^;]*0x10"),
+        "core": core,
+        "tensor": count(core),
+        "registers": registers,
+        "spilled": spilled,
+        "shared": made.metadata.shared,
+        "converted": count(r"cvt\.rn[a-z.]*\.(f16|bf16)\.") + count(r"cvt\.rn\.f32\.[su]"),
+    }
+
+
+def assembled(ptx: str, architecture: int) -> tuple[int, int]:
+    """Let ptxas tell the registers of a thread, and the bytes that it spills."""
+    with tempfile.TemporaryDirectory() as place:
+        source = Path(place) / "kernel.ptx"
+        source.write_text(ptx)
+        name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
+        tool = knobs.nvidia.ptxas_blackwell if architecture >= 100 else knobs.nvidia.ptxas
+        command = [tool.path, "-v", f"--gpu-name={name}"]
+        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    stores, loads = re.findall(r"(\d+) bytes spill", said)
+    return int(re.findall(r"Used (\d+) registers", said)[0]), int(stores) + int(loads)
+
+
+def faults(found: dict[str, Any]) -> Iterator[str]:
+    """Say what is not as it must be."""
+    case, architecture = found["case"], found["architecture"]
+    if found["copies"] < len(case.kinds):
+        yield "weights do not come by copies of 16 bytes"
+    if not found["tensor"]:
+        yield f"no {found['core']}"
+    if found["spilled"]:
+        yield f"{found['spilled']} bytes are spilled"
+    if found["shared"] > SHARED_MEMORY[architecture]:
+        yield "too much shared memory"
+    if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds):
+        yield "codes are converted one by one"
+
+
+def main() -> int:
+    """Compile, print a row for each, and fail where a row is not as it must be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", default="80,90,100")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    architectures = [int(each) for each in options.architectures.split(",")]
+    tasks = [(case, architecture) for case in CASES for architecture in architectures]
+    failed = False
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for found in pool.map(compiled, tasks):
+            wrong = list(faults(found))
+            failed = failed or bool(wrong)
+            verdict = "MISS" if wrong else "ok  "
+            print(
+                f"{verdict} {found['case'].name:28} sm_{found['architecture']:<4}"
+                f"copies of 16 bytes {found['copies']:3}, tensor {found['tensor']:3}, "
+                f"conversions {found['converted']:3}, registers {found['registers']:3}, "
+                f"shared {found['shared'] / 1024:5.1f} KiB  {'; '.join(wrong)}",
+                flush=True,
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
