@@ -350,6 +350,20 @@ class TestFiles:
         assert not (tmp_path / "out" / "old.txt").exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
 
+    def test_what_a_killed_export_left_is_gone_after_the_next(self, tmp_path):
+        made = small(tmp_path / "packed", blocks_only(lambda _, w: whole_matrix(w, FP8)))
+        left = tmp_path / ".out.exporting" / "finished"
+        left.mkdir(parents=True)
+        (left / "model-00007.safetensors").write_text("half")
+        export(made.directory, tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*00007*"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
+        (tmp_path / ".out.exporting").mkdir()
+        (tmp_path / ".out.exporting" / "published").touch()
+        with pytest.raises(FileExistsError):
+            export(made.directory, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "packed"]
+
     def test_damage_found_late_leaves_nothing_behind(self, tmp_path):
         made = small(tmp_path / "packed", blocks_only(lambda _, w: whole_matrix(w, NVFP4)))
         arrays = dict(made.arrays)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from bitmosaic.checkpoint import Entry, PackedCheckpoint
 from bitmosaic.formats import UnsupportedError
 from bitmosaic.formats.nvfp import GROUP, LARGEST_POINT, public_reciprocal
 from bitmosaic.model.skeleton import build_skeleton
+from bitmosaic.pipeline import places
 from bitmosaic.pipeline.common import Track, quiet
 from bitmosaic.pipeline.output import SHARD_BYTES, copy_companions, cut_shards, write_shards
 from bitmosaic.pipeline.quantize import check_output
@@ -90,19 +91,21 @@ def export(
         UnsupportedError: A matrix has no public form; names it and what to do.
         ValueError, OSError: The checkpoint is damaged, or the output exists.
     """
+    work = output.with_name(f".{output.name}.exporting")
+    places.clear_published(output, work)
     check_output(output, overwrite)
     contents = _examine(checkpoint.open_packed(directory))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", suffix=".tmp", dir=output.parent
-    ) as name:
-        finished, replaced = Path(name) / "finished", Path(name) / "replaced"
-        finished.mkdir()
-        total = _write(contents, finished, shard_bytes, track)
-        if output.exists():  # moved aside first: a half-deleted one would be no model directory
-            output.replace(replaced)
-        finished.replace(output)
-        checkpoint.sync_directory(output.parent)
+    with places.exclusive(work):
+        try:
+            places.empty(work)  # what a killed export left
+            finished = work / places.FINISHED
+            finished.mkdir()
+            total = _write(contents, finished, shard_bytes, track)
+            places.publish(output, work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     return {
         "format": PUBLIC_FORMATS[contents.format],
         "activations": contents.activations,
