@@ -36,12 +36,17 @@ RUNGS: dict[str, dict[str, Any]] = {
 APART = "GPTQ, weights alone"
 """The same weights' bands with activations in 16 bits: what is left is theirs."""
 
+LEARNED = "+ GPTQ, bands learned"
+"""As + GPTQ, but which channels have 8 bits is learned with inputs rounded, against the loss."""
+
 
 def rows(bench: Bench) -> Iterator[tuple[Row, Measure]]:
     """List the rungs: settings, and how each is measured."""
     yield {"name": "16 bits"}, bench.original
     for name, parameters in RUNGS.items():
         yield {"name": name, "tile_in": TILE, "share": SHARE}, _measure(bench, name, parameters)
+    learned = {**RUNGS["+ GPTQ"], "search": "learned"}
+    yield {"name": LEARNED, "tile_in": TILE, "share": SHARE}, _measure(bench, LEARNED, learned)
     alone = {**RUNGS["+ GPTQ"], "mode": "weight-only", "shared": True}
     yield {"name": APART, "tile_in": TILE, "share": SHARE}, _measure(bench, APART, alone)
 
@@ -76,6 +81,9 @@ def checks(found: list[Row]) -> list[Check]:
     if {"+ KV INT4", "+ 12.5 % INT8"} <= table.keys():
         ours, limit = table["+ KV INT4"]["kl"], table["+ 12.5 % INT8"]["kl"]
         judged.append(("KL with KV INT4 against + 12.5 % INT8", ours, limit, ours < limit))
+    if {"+ GPTQ", LEARNED} <= table.keys():
+        ours, limit = table[LEARNED]["kl"], table["+ GPTQ"]["kl"]
+        judged.append(("KL with bands learned against + GPTQ", ours, limit, ours <= limit))
     for name in names[1:]:
         if name in table:
             off = abs(table[name]["salient_share"] - SHARE)
