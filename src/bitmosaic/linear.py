@@ -77,6 +77,8 @@ class PackedModule(nn.Module):
                     f"{self.name} must be loaded before it can run, but its arrays hold no data. "
                     "Load the checkpoint without offloading to disk."
                 )
+            if self.weight.is_cuda:  # from where `_park` left the arrays
+                tensor = tensor.to(self.weight.device)
             checkpoint.validate(self.name, tensor)
             backend = (
                 backends.get(self.backend)
@@ -87,8 +89,16 @@ class PackedModule(nn.Module):
                 self._prepared = (backend, backend.prepare(tensor))
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.name}: {error}") from None
+            if self.weight.is_cuda and backend.repacks:
+                self._park()
             self._prepared_from = self.tensor_scales
         return True
+
+    def _park(self) -> None:
+        """Keep the stored arrays in the host's memory: the GPU has the prepared ones."""
+        for key in ARRAYS:
+            if key in self._buffers:
+                self._buffers[key] = self._buffers[key].cpu()  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         # What is prepared belongs to this module's arrays: a copy prepares its own.

@@ -26,6 +26,8 @@ class Backend(ABC):
     name: ClassVar[str]
     rank: ClassVar[int]
     """Backends of higher rank are asked first; the reference has rank 0 and takes everything."""
+    repacks: ClassVar[bool] = True
+    """Whether what `prepare` returns has no need of the tensor's own arrays any more."""
 
     @abstractmethod
     def objection(self, tensor: QuantizedTensor, device: torch.device) -> str | None:

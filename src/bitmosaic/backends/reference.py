@@ -30,6 +30,7 @@ class ReferenceBackend(Backend):
 
     name: ClassVar[str] = "reference"
     rank: ClassVar[int] = 0
+    repacks: ClassVar[bool] = False
 
     def objection(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Accept everything."""
