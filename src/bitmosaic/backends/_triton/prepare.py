@@ -31,6 +31,7 @@ from bitmosaic.backends._triton.layout import (
 from bitmosaic.bands import BandRule
 from bitmosaic.formats import Format, Parameters
 from bitmosaic.tensor import QuantizedTensor, invert
+from bitmosaic.tiling import Section
 
 _WIDTHS = (1, 2, 3, 4, 8)
 _TYPES = {
@@ -46,6 +47,10 @@ def prepare(tensor: QuantizedTensor) -> Prepared:
     tensor = tensor.with_plain_outliers()
     bare = replace(tensor.without_outliers(), in_permutation=None, out_permutation=None)
     return _Cells(bare).prepared(tensor)
+
+
+Value = Callable[[Section, Tensor, Parameters], Tensor]
+"""What each code or group of a section is given."""
 
 
 class _Cells:
@@ -76,11 +81,11 @@ class _Cells:
 
     def prepared(self, original: QuantizedTensor) -> Prepared:
         """Pack all arrays; `original` has the orders and the outliers."""
-        codes = self._spread(lambda codes, parameters: codes, torch.int32)
+        codes = self._spread(lambda section, codes, parameters: codes, torch.int32)
         factors, folded = self._factors()
         table_by, tables, table = self._tables()
         sub = self._sub(folded, table_by)
-        scale_type, scales, points = self._scales(folded, sub)
+        scale_type, scales = self._scales(folded, sub)
         if table_by == "row":
             table = self._cells(table, sub)
         words, start = self._words(codes)
@@ -101,7 +106,7 @@ class _Cells:
             self.block.to(torch.int32),
             words,
             scales,
-            points,
+            self._points(sub),
             factors,
             tables,
             table.to(torch.int32),
@@ -154,12 +159,12 @@ class _Cells:
         """Take [out, padded] apart into [cells, 64, 128 / step], every step-th column."""
         return self._cut(matrix[:, ::step])[self.panel, :, self.block]
 
-    def _spread(self, value: Callable[[Tensor, Parameters], Tensor], dtype: torch.dtype) -> Tensor:
-        """Lay out a number of each group or code as [out, padded]; 0 where there is none."""
+    def _spread(self, value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Lay out a number of each code, or group, as [out, padded]; 0 where there is none."""
         matrix = torch.zeros(self.tensor.shape, dtype=dtype, device=self.device)
         for section, codes, parameters in self.tensor.sections():
             if section.format.bits:
-                each = value(codes, parameters).expand(codes.shape)
+                each = value(section, codes, parameters).expand(codes.shape)
                 section.scatter(matrix, section.ungroup(each))
         return self._ordered(matrix)
 
@@ -250,34 +255,27 @@ class _Cells:
             step for step in (128, 64, 32, 16, 8, 4, 2, 1) if self._boundaries(step, numbers)
         )
 
-    def _scales(self, folded: bool, sub: int) -> tuple[str, Tensor, Tensor]:
-        """Return how scales are kept, scales and zero points of all cells."""
-        empty = torch.empty(0, device=self.device)
+    def _scales(self, folded: bool, sub: int) -> tuple[str, Tensor]:
+        """Return how scales are kept, and those of all cells; 1 for formats without."""
         scaled = {f.scale_format for f in self.tensor.formats if f.bits and f.scale_format}
         affine = any(grid == AFFINE for grid, _ in self.kinds)
         if not scaled and not affine and not folded:
-            return "none", empty, self._points(sub)
-        factors = dict(zip(self._indices(), self._tensor_scales(), strict=True))
-        one = torch.ones((), device=self.device)
-        scales = torch.zeros(self.tensor.shape, device=self.device)
-        for section, codes, parameters in self.tensor.sections():
-            if section.format.bits:
-                each = one if parameters.scale is None else parameters.scale[..., None]
-                each = each * factors[section.format_index] if folded else each
-                section.scatter(scales, section.ungroup(each.expand(codes.shape)))
-        kept = self._cells(self._ordered(scales), sub)
+            return "none", torch.empty(0, device=self.device)
+        factors, one = self._tensor_scales(), torch.ones((), device=self.device)
+
+        def scale(section: Section, codes: Tensor, parameters: Parameters) -> Tensor:
+            each = one if parameters.scale is None else parameters.scale[..., None]
+            return each * factors[section.format_index] if folded else each
+
+        kept = self._cells(self._spread(scale), sub)
         kept[self._is_raw()] = 1.0
-        if folded or not scaled <= {"fp16", "e4m3"}:
-            if not folded and scaled == {"e8m0"}:
-                return (
-                    "e8m0",
-                    kept.clamp(min=2.0**-127).to(torch.float8_e8m0fnu).view(torch.uint8),
-                    self._points(sub),
-                )
-            return "float", kept, self._points(sub)
-        if scaled == {"e4m3"}:
-            return "e4m3", kept.to(torch.float8_e4m3fn).view(torch.uint8), self._points(sub)
-        return "float", kept.to(torch.float16), self._points(sub)
+        if not folded and scaled == {"e8m0"}:
+            stored = kept.clamp(min=2.0**-127).to(torch.float8_e8m0fnu)
+            return "e8m0", stored.view(torch.uint8)
+        if not folded and scaled == {"e4m3"}:
+            return "e4m3", kept.to(torch.float8_e4m3fn).view(torch.uint8)
+        exact = not folded and scaled <= {"fp16", "e4m3"}
+        return "float", kept.to(torch.float16) if exact else kept
 
     def _is_raw(self) -> Tensor:
         raw = torch.tensor(
@@ -290,12 +288,13 @@ class _Cells:
         used = [fmt for fmt in self.tensor.formats if fmt.bits]
         if not any(fmt.stores_zero_point or fmt.fixed_zero_point for fmt in used):
             return torch.empty(0, dtype=torch.uint8, device=self.device)
-        points = torch.zeros(self.tensor.shape, device=self.device)
-        for section, codes, parameters in self.tensor.sections():
-            fixed = torch.full((), section.format.fixed_zero_point, device=self.device)
-            each = fixed if parameters.zero_point is None else parameters.zero_point[..., None]
-            section.scatter(points, section.ungroup(each.expand(codes.shape)))
-        kept = self._cells(self._ordered(points), sub)
+
+        def point(section: Section, codes: Tensor, parameters: Parameters) -> Tensor:
+            if parameters.zero_point is None:
+                return torch.full((), section.format.fixed_zero_point, device=self.device)
+            return parameters.zero_point[..., None]
+
+        kept = self._cells(self._spread(point), sub)
         kept[self._is_raw()] = 0.0
         whole = bool((kept == kept.round()).all()) and bool((kept <= 255).all())
         return kept.to(torch.uint8 if whole else torch.float16)
