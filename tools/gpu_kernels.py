@@ -26,8 +26,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitmosaic.backends._triton import kernels, layout
-from bitmosaic.backends._triton.launch import Weight
+from bitmosaic.backends._triton import kernels, layout, rounding
+from bitmosaic.backends._triton.launch import DECODE_WARPS, Weight
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
@@ -47,7 +47,9 @@ class Case:
         kinds: kinds of the weight's cells.
         tokens: tokens of a program.
         converts: whether codes may be converted one by one: look-up tables hold float32.
-        whole: whether inputs are int8.
+        kernel: the kernel's name; of others than products it is only seen that they compile.
+        more: constants that are not the usual ones.
+        types: types of arrays that are not the usual ones.
     """
 
     name: str
@@ -60,11 +62,14 @@ class Case:
     gather: bool = True
     outliers: bool = False
     converts: bool = False
-    whole: bool = False
+    kernel: str = "multiply"
+    more: dict[str, Any] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
 
 
 FP4: dict[str, Any] = {"sub": 16, "scale": "e4m3", "types": {"scales": "*u8"}}
+ROWS: dict[str, Any] = {"sub": 32, "table_by": "row"}
+PICK = {"PICK": True}
 CASES = (
     Case("int4, in order", ((A, 4),), gather=False),
     Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True),
@@ -75,7 +80,15 @@ CASES = (
     Case("nvfp4", ((layout.E2M1, 4),), **FP4),
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
-    Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), whole=True),
+    Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
+    Case("int3, one token", ((A, 3),), more={"tokens": 1}),
+    Case("parts added", (), kernel="reduce"),
+    Case("decoded", ((A, 3), (A, 8), (layout.TABLE, 4), (layout.RAW, 32)), kernel="decode", **ROWS),
+    Case("rows decoded", ((layout.E2M1, layout.MIXED),), kernel="decode", more=PICK, **FP4),
+    Case("outliers added", (), kernel="add_outliers"),
+    Case("rows' outliers added", (), kernel="add_outliers", more=PICK),
+    Case("inputs in tiles", (), kernel="round_tiles"),
+    Case("inputs in bands", (), kernel="round_bands"),
 )
 
 
@@ -89,32 +102,39 @@ def types(case: Case) -> Weight:
 
 def source(case: Case) -> ASTSource:
     """Describe a kernel with its types, constants, and what is known of alignment."""
-    has_points = case.kinds[0][0] == layout.AFFINE
+    kernel = getattr(rounding if case.kernel.startswith("round") else kernels, case.kernel)
+    names = kernel.arg_names
     constants: dict[str, Any] = {
         "KINDS": case.kinds,
-        "POINTS": has_points,
+        "POINTS": bool(case.kinds) and case.kinds[0][0] == layout.AFFINE,
         "SCATTER": case.gather,
         "BIAS": False,
         "TOKENS": case.tokens,
         "PARTS": 8,
         "STAGES": 4,
+        "SUBS": layout.COLUMNS // case.sub,
+        "SCALE": case.scale,
+        "TABLE_BY": case.table_by,
+        "GATHER": case.gather,
+        "CUT": False,
+        "OUTLIERS": case.outliers,
+        "PICK": False,
+        "CHUNK": 128,
+        "LOW": True,
+        "HIGH": True,
+        "LEVELS": (7.0, 127.0),
+        "SIZE": layout.COLUMNS,
     }
-    signature: dict[str, Any] = {"w": types(case), "y": "*bf16", "bias": "*bf16", "parts": "*fp32"}
-    if case.whole:
-        kernel = kernels.multiply_whole
-        signature |= {"x": "*i8", "scales": "*fp32"}
-    else:
-        kernel = kernels.multiply
-        signature |= {"x": f"*{case.dtype}", "y": f"*{case.dtype}", "unit": "fp32"}
-        constants |= {
-            "SUBS": layout.COLUMNS // case.sub,
-            "SCALE": case.scale,
-            "TABLE_BY": case.table_by,
-            "GATHER": case.gather,
-            "CUT": False,
-            "OUTLIERS": case.outliers,
-        }
-    names = kernel.arg_names
+    constants = {name: each for name, each in (constants | case.more).items() if name in names}
+    signature: dict[str, Any] = {
+        "w": types(case),
+        "x": "*i8" if case.kernel == "multiply_whole" else f"*{case.dtype}",
+        **dict.fromkeys(("y", "bias"), f"*{case.dtype}"),
+        **dict.fromkeys(("parts", "scales", "sensitivity"), "*fp32"),
+        **dict.fromkeys(("picked", "order", "source", "band_of"), "*i32"),
+        **dict.fromkeys(("unit", "inverse", "threshold"), "fp32"),
+        "codes": "*i8",
+    }
     ordered = {
         name: "constexpr" if name in constants else signature.get(name, "i32") for name in names
     }
@@ -124,7 +144,7 @@ def source(case: Case) -> ASTSource:
             aligned |= {
                 (place, each): [["tt.divisibility", 16]] for each in range(len(types(case)))
             }
-        elif ordered[name] != "constexpr" and name not in ("tokens", "bands", "unit"):
+        elif ordered[name] not in ("constexpr", "fp32") and name not in ("tokens", "bands"):
             aligned[place,] = [["tt.divisibility", 16]]
     fixed = {(names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, ordered, fixed, aligned)
@@ -133,13 +153,16 @@ def source(case: Case) -> ASTSource:
 def compiled(task: tuple[Case, int]) -> dict[str, Any]:
     """Compile for an architecture and count."""
     case, architecture = task
-    made = triton.compile(source(case), target=GPUTarget("cuda", architecture, 32))
+    warps = DECODE_WARPS if case.kernel == "decode" else 4
+    target = GPUTarget("cuda", architecture, 32)
+    made = triton.compile(source(case), target=target, options={"num_warps": warps})
     ptx = made.asm["ptx"]
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, ptx))
 
-    core = (INT8_TENSOR_CORE if case.whole else TENSOR_CORE)[architecture]
+    whole = case.kernel == "multiply_whole"
+    core = (INT8_TENSOR_CORE if whole else TENSOR_CORE)[architecture]
     registers, spilled = assembled(ptx, architecture)
     return {
         "case": case,
@@ -171,14 +194,16 @@ def assembled(ptx: str, architecture: int) -> tuple[int, int]:
 def faults(found: dict[str, Any]) -> Iterator[str]:
     """Say what is not as it must be."""
     case, architecture = found["case"], found["architecture"]
-    if found["copies"] < len(case.kinds):
-        yield "weights do not come by copies of 16 bytes"
-    if not found["tensor"]:
-        yield f"no {found['core']}"
     if found["spilled"]:
         yield f"{found['spilled']} bytes are spilled"
     if found["shared"] > SHARED_MEMORY[architecture]:
         yield "too much shared memory"
+    if not case.kernel.startswith("multiply"):
+        return
+    if found["copies"] < len(case.kinds):
+        yield "weights do not come by copies of 16 bytes"
+    if not found["tensor"]:
+        yield f"no {found['core']}"
     if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds):
         yield "codes are converted one by one"
 

@@ -22,6 +22,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of inputs and results of the kernels."""
 _DENSE_PARTS = 8
 """Programs that decode a panel."""
+DECODE_WARPS = 8
+"""Warps of each: with 4, a thread's 64 numbers and their places do not fit its registers."""
 
 
 class Weight(NamedTuple):
@@ -298,6 +300,7 @@ def decode(ready: Ready, picked: Tensor | None, dtype: torch.dtype) -> Tensor:
             **ready.constants,
             PICK=picked is not None,
             PARTS=_DENSE_PARTS,
+            num_warps=DECODE_WARPS,
         )
         if ready.outliers:
             kernels.add_outliers[programs,](
