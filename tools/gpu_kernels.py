@@ -26,7 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitmosaic.backends._triton import kernels, layout, rounding
+from bitmosaic.backends._triton import decoding, kernels, layout, rounding
 from bitmosaic.backends._triton.launch import DECODE_WARPS, Weight
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -102,7 +102,8 @@ def types(case: Case) -> Weight:
 
 def source(case: Case) -> ASTSource:
     """Describe a kernel with its types, constants, and what is known of alignment."""
-    kernel = getattr(rounding if case.kernel.startswith("round") else kernels, case.kernel)
+    home = next(each for each in (kernels, decoding, rounding) if hasattr(each, case.kernel))
+    kernel = getattr(home, case.kernel)
     names = kernel.arg_names
     constants: dict[str, Any] = {
         "KINDS": case.kinds,

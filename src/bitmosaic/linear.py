@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmosaic import backends, checkpoint
-from bitmosaic.backends import Backend
+from bitmosaic.backends import Backend, check_activations
 from bitmosaic.formats import UnsupportedError
 from bitmosaic.tensor import ARRAYS, FACTS, QuantizedTensor
 
@@ -269,16 +269,6 @@ class TiedHead(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, tied to {self.embedding.name}"
         )
-
-
-def check_activations(activations: str) -> str:
-    """Return a choice of activations, refusing one that there is not."""
-    if activations not in backends.ACTIVATIONS:
-        raise ValueError(
-            f"activations must be one of {', '.join(backends.ACTIVATIONS)}, not {activations!r}. "
-            "Choose one of these."
-        )
-    return activations
 
 
 def set_activations(model: nn.Module, activations: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from bitmosaic import evaluation
 from bitmosaic.api.requests import Announce, make_limits
+from bitmosaic.backends import check_activations
 from bitmosaic.evaluation.generation import Generation
 from bitmosaic.evaluation.generation import generate as run_generation
 from bitmosaic.evaluation.model import (
@@ -20,7 +21,6 @@ from bitmosaic.evaluation.model import (
 from bitmosaic.evaluation.packed_cache import check_kv
 from bitmosaic.evaluation.perplexity import Progress
 from bitmosaic.integrations.loading import load
-from bitmosaic.linear import check_activations
 from bitmosaic.model.skeleton import resolve
 
 __all__ = ["evaluate", "generate", "load"]

@@ -14,10 +14,10 @@ import pkgutil
 
 import torch
 
-from bitmosaic.backends.base import ACTIVATIONS, Backend
+from bitmosaic.backends.base import ACTIVATIONS, Backend, check_activations
 from bitmosaic.tensor import QuantizedTensor
 
-__all__ = ["ACTIVATIONS", "Backend", "choose", "get", "names"]
+__all__ = ["ACTIVATIONS", "Backend", "check_activations", "choose", "get", "names"]
 
 logger = logging.getLogger(__name__)
 

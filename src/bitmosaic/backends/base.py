@@ -15,6 +15,16 @@ ACTIVATIONS = ("exact", "int8")
 """What `Backend.linear` may do to activations: nothing, or round them to int8."""
 
 
+def check_activations(activations: str) -> str:
+    """Return a choice of activations, refusing one that there is not."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(
+            f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}. "
+            "Choose one of these."
+        )
+    return activations
+
+
 class Backend(ABC):
     """Runs packed tensors on some kind of device.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule, Rounded
-from bitmosaic.backends.base import ACTIVATIONS, Backend
+from bitmosaic.backends.base import Backend, check_activations
 from bitmosaic.bands import are_band_formats, bits_of
 from bitmosaic.formats import Format, UnsupportedError
 from bitmosaic.formats.nvfp import GROUP as TILE
@@ -147,11 +147,7 @@ class CpuBackend(Backend):
         A weight with a rule for its activations has them rounded by it, whatever `activations`
         allows; gradients take no notice of the rounding.
         """
-        if activations not in ACTIVATIONS:
-            raise ValueError(
-                f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}. "
-                "Choose one of these."
-            )
+        check_activations(activations)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if x.dtype not in _TYPES:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitmosaic.backends.base import ACTIVATIONS, Backend
+from bitmosaic.backends.base import Backend, check_activations
 from bitmosaic.formats import UnsupportedError
 from bitmosaic.tensor import QuantizedTensor
 
@@ -80,11 +80,7 @@ class TritonBackend(Backend):
         activations: str = "exact",
     ) -> Tensor:
         """Multiply; inputs are rounded only where the weight has a rule for that."""
-        if activations not in ACTIVATIONS:
-            raise ValueError(
-                f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}. "
-                "Choose one of these."
-            )
+        check_activations(activations)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         from bitmosaic.backends._triton import launch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bitmosaic import __version__
+from bitmosaic.backends import check_activations
 from bitmosaic.checkpoint import tensor_files
 from bitmosaic.evaluation.divergence import DivergenceResult, divergence
 from bitmosaic.evaluation.needs import evaluate_need
@@ -35,7 +36,7 @@ from bitmosaic.evaluation.text import (
     text_digest,
     token_windows,
 )
-from bitmosaic.linear import PackedModule, check_activations, set_activations
+from bitmosaic.linear import PackedModule, set_activations
 from bitmosaic.model.skeleton import resolve
 from bitmosaic.pipeline.preflight import FREE, Limits, admit
 

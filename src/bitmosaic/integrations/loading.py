@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bitmosaic.backends import check_activations
 from bitmosaic.integrations.transformers import register
-from bitmosaic.linear import check_activations, set_activations
+from bitmosaic.linear import set_activations
 
 __all__ = ["load"]
 

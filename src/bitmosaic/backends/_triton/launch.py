@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule
-from bitmosaic.backends._triton import choices, kernels, rounding
+from bitmosaic.backends._triton import choices, decoding, kernels, rounding
 from bitmosaic.backends._triton.layout import COLUMNS, ROWS
 from bitmosaic.backends._triton.prepare import prepare
 from bitmosaic.bands import BandRule, levels
@@ -291,7 +291,7 @@ def decode(ready: Ready, picked: Tensor | None, dtype: torch.dtype) -> Tensor:
     programs = ready.panels if picked is None else count
     rows = ready.arrays.first if picked is None else picked
     with on(device):
-        kernels.decode[programs, _DENSE_PARTS](
+        decoding.decode[programs, _DENSE_PARTS](
             ready.arrays,
             rows,
             y,
@@ -303,7 +303,7 @@ def decode(ready: Ready, picked: Tensor | None, dtype: torch.dtype) -> Tensor:
             num_warps=DECODE_WARPS,
         )
         if ready.outliers:
-            kernels.add_outliers[programs,](
+            decoding.add_outliers[programs,](
                 ready.arrays,
                 rows,
                 y,
