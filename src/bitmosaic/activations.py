@@ -94,8 +94,9 @@ class ActivationRule:
         numbers = [self.tensor_scale]
         if self.sensitivity is None:
             return torch.tensor(numbers, dtype=torch.float32).view(torch.uint8)
-        head = torch.tensor([*numbers, self.threshold], dtype=torch.float32).view(torch.uint8)
-        return torch.cat([head, self.sensitivity.to(torch.float8_e4m3fn).view(torch.uint8)])
+        worth = self.sensitivity.to(torch.float8_e4m3fn).view(torch.uint8)
+        head = torch.tensor([*numbers, self.threshold], dtype=torch.float32, device=worth.device)
+        return torch.cat([head.view(torch.uint8), worth])
 
     @classmethod
     def read(cls, formats: tuple[str, ...], stored: UInt8[Tensor, " bytes"]) -> ActivationRule:

@@ -332,8 +332,9 @@ def drop_unused(
 ) -> tuple[tuple[str, ...], Tensor]:
     """Keep the formats that occur in the map, in order, and renumber the map."""
     present = sorted(int(index) for index in tile_map.unique())
-    renumber = torch.zeros(len(names), dtype=torch.uint8)
-    renumber[torch.tensor(present)] = torch.arange(len(present), dtype=torch.uint8)
+    renumber = tile_map.new_zeros(len(names))
+    for number, index in enumerate(present):
+        renumber[index] = number
     return tuple(names[index] for index in present), renumber[tile_map.long()]
 
 

@@ -93,7 +93,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 
 def test_what_is_needed_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rates, "measure", lambda: Rates(1e11, 1e9, 1e8, 1e9))
+    monkeypatch.setattr(Rates, "measure", lambda _: Rates(1e11, 1e9, 1e8, 1e9))
     monkeypatch.setattr(preflight, "resident", lambda: 300 * 2**20)
     lines: list[str] = []
     admit(need(GIB, disk=2**20), Limits(2 * GIB + need(1).memory, lines.append))
@@ -101,7 +101,7 @@ def test_what_is_needed_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[0].startswith("calibrate needs 1.")
     assert "1.0MiB of disk" in lines[0]
     assert lines[0].endswith("about 2 min at 100 GFLOP/s")
-    monkeypatch.setattr(Rates, "measure", lambda: Rates(1e14, 1e9, 1e8, 1e9))
+    monkeypatch.setattr(Rates, "measure", lambda _: Rates(1e14, 1e9, 1e8, 1e9))
     admit(need(GIB), Limits(None, lines.append))  # a tenth of a second is not worth a line
     assert len(lines) == 1
 

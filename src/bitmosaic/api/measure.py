@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bitmosaic import evaluation
+from bitmosaic import devices, evaluation
 from bitmosaic.api.requests import Announce, make_limits
 from bitmosaic.backends import check_activations
 from bitmosaic.evaluation.generation import Generation
@@ -70,7 +70,7 @@ def evaluate(
     check_kv(kv)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
-    path = _open(model)
+    place, path = devices.find(device), _open(model)
     if reference is not None:
         _open(reference)
     context = context_length(path)
@@ -89,7 +89,7 @@ def evaluate(
             activations=activations,
             kv=kv,
             dtype=_DTYPES[dtype],
-            device=device,
+            device=place,
             limits=make_limits(max_memory, announce),
             progress=progress,
         )
@@ -124,9 +124,9 @@ def generate(
     check_kv(kv)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}. Choose one.")
-    path = _open(model)
+    place, path = devices.find(device), _open(model)
     loaded = evaluation.load_model(
-        path, activations=activations, dtype=_DTYPES[dtype], device=device
+        path, activations=activations, dtype=_DTYPES[dtype], device=place
     )
     return run_generation(
         loaded,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitmosaic import pipeline, ranks
+from bitmosaic import devices, pipeline, ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.api.energy import DEFAULT_TABLE, share_within
 from bitmosaic.api.energy import energy_table as lookup
@@ -52,6 +52,7 @@ def calibrate(
     seqlen: int | None = None,
     seed: int = 0,
     max_memory: str | int | None = None,
+    device: str = "cpu",
     announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
@@ -67,13 +68,15 @@ def calibrate(
         seqlen: Tokens of a window; without it 512, or the model's context where that is shorter.
         seed: Of the choice of windows.
         max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        device: Where blocks, statistics and rounding are worked on: "cpu", "cuda", "cuda:1".
         announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
     """
     names = statistics_of(method, parameters)
+    place = devices.find(device)
     limits = make_limits(max_memory, announce)
-    source = Source(model)
+    source = Source(model, place)
     text = _open_text(source, calibration, samples, seqlen, seed, track)
     return _measure(source, Path(output), text, track, limits, names)
 
@@ -94,6 +97,7 @@ def allocate(
     head: str = "int8",
     overwrite: bool = False,
     max_memory: str | int | None = None,
+    device: str = "cpu",
     announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
@@ -116,6 +120,7 @@ def allocate(
         head: The same for an output head that is not tied.
         overwrite: Replace an existing file.
         max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        device: Where blocks, statistics and rounding are worked on: "cpu", "cuda", "cuda:1".
         announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
@@ -128,14 +133,14 @@ def allocate(
         raise ValueError(
             f"method must be fgmp for a budget of energy, not {method!r}. Use --bits or --size."
         )
-    table = lookup(energy_table)
+    table, place = lookup(energy_table), devices.find(device)
     limits = make_limits(max_memory, announce)
     target = None if output is None else Path(output)
     if target is not None and ranks.told(target.exists) and not overwrite:
         raise FileExistsError(
             f"{target} must not exist yet. Give another output, or --overwrite to replace it."
         )
-    source = Source(model)
+    source = Source(model, place)
     measured = None if statistics is None else Statistics.open(Path(statistics))
     tokens = None
     if calibration is not None and measured is not None:
@@ -191,6 +196,7 @@ def quantize(
     resume: bool = False,
     shard_size: str | int | None = None,
     max_memory: str | int | None = None,
+    device: str = "cpu",
     announce: Announce | None = None,
     track: Track = quiet,
     **parameters: Any,
@@ -219,6 +225,7 @@ def quantize(
             ``already_complete``.
         shard_size: Largest size of one tensor file (or one tensor): bytes, or text like "2GB".
         max_memory: Cap of the process's resident memory: bytes, or text like "6GiB".
+        device: Where blocks, statistics and rounding are worked on: "cpu", "cuda", "cuda:1".
         announce: Called with a line that says what a stage will need, before it starts.
         track: Shows progress.
         **parameters: The method's own.
@@ -226,7 +233,7 @@ def quantize(
     output = Path(output)
     if overwrite and resume:
         raise ValueError("quantize must have --resume or --overwrite, not both. Leave one out.")
-    budget = make_budget(bits, size, fp4)
+    budget, place = make_budget(bits, size, fp4), devices.find(device)
     limits = make_limits(max_memory, announce)
     shard_bytes = SHARD_BYTES if shard_size is None else read_bytes("shard_size", shard_size)
     plan = None if allocation is None else _loaded(Path(allocation))
@@ -239,7 +246,7 @@ def quantize(
     if plan is None:
         check_processes(chosen)
     _check_place(output, overwrite, resume)
-    source = Source(model)
+    source = Source(model, place)
     if budget is not None:
         admit_allocate(source, chosen, output.parent, replace(limits, announce=None))
         check_budget(source, chosen, budget, OutputPlan(source, embedding, head, shard_bytes))

@@ -75,12 +75,13 @@ MaxMemory = Annotated[
         show_default=False,
     ),
 ]
+Device = Annotated[str, typer.Option(help="Where the work is done: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration windows.")]
 
 
 OPTIONS = frozenset(
     "model output bits size fp4 energy energy_table method calibration samples seqlen seed "
-    "statistics allocation embedding head overwrite resume shard_size max_memory announce "
+    "statistics allocation embedding head overwrite resume shard_size max_memory device announce "
     "track".split()
 )
 """What `--set` must not name, being no parameter of a method."""

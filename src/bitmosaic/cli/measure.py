@@ -13,7 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import bitmosaic
-from bitmosaic.cli.common import MaxMemory, Model, Threads, kept_bits, results, set_threads
+from bitmosaic.cli.common import (
+    Device,
+    MaxMemory,
+    Model,
+    Threads,
+    kept_bits,
+    results,
+    set_threads,
+)
 from bitmosaic.cli.progress import Reporter
 
 _FIGURES = (
@@ -43,7 +51,6 @@ _SHADES = "█▓▒░"
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Activations = Annotated[str, typer.Option(help="How packed layers compute: int8 (fast) or exact.")]
 Kv = Annotated[str, typer.Option(help="How keys and values are kept: exact, or int4.")]
-Device = Annotated[str, typer.Option(help="Where the model runs.")]
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import typer
 import bitmosaic
 from bitmosaic.cli.common import (
     Bits,
+    Device,
     Embedding,
     Fp4,
     Head,
@@ -78,6 +79,7 @@ def calibrate(
     seed: Seed = 0,
     parameters: Parameters = None,
     max_memory: MaxMemory = None,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Measure what every weight is worth, on a calibration text, block by block."""
@@ -92,6 +94,7 @@ def calibrate(
             seqlen=seqlen,
             seed=seed,
             max_memory=max_memory,
+            device=device,
             announce=reporter.announce,
             track=reporter.track,
             **collect(parameters),
@@ -141,6 +144,7 @@ def allocate(
     parameters: Parameters = None,
     overwrite: Overwrite = False,
     max_memory: MaxMemory = None,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Decide the format of every tile under a budget, from statistics."""
@@ -164,6 +168,7 @@ def allocate(
             head=head,
             overwrite=overwrite,
             max_memory=max_memory,
+            device=device,
             announce=reporter.announce,
             track=reporter.track,
             **chosen,
@@ -239,6 +244,7 @@ def quantize(
         ),
     ] = None,
     max_memory: MaxMemory = None,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Fit a model into a budget: calibrate, allocate and quantize as far as needed."""
@@ -266,6 +272,7 @@ def quantize(
             resume=resume,
             shard_size=shard_size,
             max_memory=max_memory,
+            device=device,
             announce=reporter.announce,
             track=reporter.track,
             **chosen,

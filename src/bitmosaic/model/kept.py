@@ -12,6 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from bitmosaic.devices import CPU
+
 
 class KeptStates(Sequence[Tensor]):
     """One tensor [1, tokens, hidden] a sample; reading gives a copy that the caller may change.
@@ -28,12 +30,20 @@ class KeptStates(Sequence[Tensor]):
         *,
         in_memory: bool,
         directory: Path | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """Reserve room for [samples, tokens, hidden]; `directory` None is the system's own."""
+        """Reserve room for [samples, tokens, hidden]; `directory` None is the system's own.
+
+        The states are kept by the host; a sample that is read goes to `device`.
+        """
         self.shape = shape
         self.dtype = dtype
         self._bytes_each = shape[1] * shape[2] * dtype.itemsize
-        self._states: Tensor | None = torch.empty(shape, dtype=dtype) if in_memory else None
+        self._device = device
+        self._states: Tensor | None = None
+        if in_memory:  # from pinned memory a GPU reads five times as fast
+            pinned = device.type == "cuda"
+            self._states = torch.empty(shape, dtype=dtype, device=CPU, pin_memory=pinned)
         self._file: IO[bytes] | None = None
         self._directory = directory or Path(tempfile.gettempdir())
         if not in_memory:
@@ -51,10 +61,10 @@ class KeptStates(Sequence[Tensor]):
             return [self[position] for position in range(*index.indices(len(self)))]
         position = self._position(index)
         if self._states is not None:
-            return self._states[position : position + 1].clone()
-        result = torch.empty(1, *self.shape[1:], dtype=self.dtype)
+            return self._states[position : position + 1].to(self._device, copy=True)
+        result = torch.empty(1, *self.shape[1:], dtype=self.dtype, device=CPU)
         self._transfer(os.preadv, result, position)
-        return result
+        return result.to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[position] for position in range(len(self)))
@@ -71,12 +81,12 @@ class KeptStates(Sequence[Tensor]):
         if self._states is not None:
             self._states[position].copy_(states)
         else:
-            self._transfer(os.pwritev, states, position)
+            self._transfer(os.pwritev, states.cpu(), position)
 
     def stacked(self) -> Tensor:
         """Return all samples as [samples, tokens, hidden], for saving.
 
-        States in memory are returned themselves, states in a file as a private mapping of it.
+        They are the host's: in memory the states themselves, in a file a private mapping of it.
         """
         if self._states is not None:
             return self._states

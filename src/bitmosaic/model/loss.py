@@ -27,7 +27,7 @@ def loss_gradient(
     vocabulary = rest.config.get_text_config().vocab_size
     step = max(1, LOGIT_BYTES // (vocabulary * wide.itemsize))
     gradient = torch.zeros_like(hidden)  # the last token predicts nothing
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for start in range(0, predictions, step):
         stop = min(start + step, predictions)
         targets = window[start + 1 : stop + 1]

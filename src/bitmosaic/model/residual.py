@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bitmosaic.devices import CPU
 from bitmosaic.formats.base import UnsupportedError
 from bitmosaic.model.stub import BlockReachedError, Stub, install_stubs, wrap_like
 
@@ -97,7 +98,7 @@ def _stand_in(source: Source, rest: PreTrainedModel, tokens: Tensor) -> list[Stu
         _logits(rest, tokens)
     stubs[0].stops = False
     with torch.no_grad():
-        block, call = source.load_block(0), stubs[0].call
+        block, call = source.load_block(0, device=CPU), stubs[0].call
         wrap = wrap_like(block(stubs[0].hidden, *call.arguments, **call.keywords))
     for stub in stubs:
         stub.wrap = wrap

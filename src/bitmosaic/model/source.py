@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from bitmosaic.devices import CPU
 from bitmosaic.model.experts import linears, normalise
 from bitmosaic.model.skeleton import (
     build_skeleton,
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 _DIGEST_CHUNK = 1 << 22
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -52,10 +56,13 @@ class Source:
     Everything that can be wrong with the directory is found here, before any work: not a model,
     another kind of model, missing, truncated or corrupted files, missing tensors, wrong shapes.
     Weights are read block by block on request, and are checked to be finite as they are read.
+
+    Attributes:
+        device: Where blocks are loaded and worked on.
     """
 
-    def __init__(self, path_or_id: str | Path) -> None:
-        self.path = resolve(path_or_id)
+    def __init__(self, path_or_id: str | Path, device: torch.device = CPU) -> None:
+        self.path, self.device = resolve(path_or_id), device
         self.config = read_config(self.path)
         self.files = TensorFiles(self.path)
         check_size(self.config, self.path, len(self.files.entries), self.files.largest_side)
@@ -95,17 +102,24 @@ class Source:
         normalise(block)
         return block
 
-    def load_block(self, index: int, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    def load_block(
+        self,
+        index: int,
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        device: torch.device | None = None,
+    ) -> nn.Module:
         """Return one decoder block with its weights, normalised to `nn.Linear`, in eval mode.
 
-        `dtype` None keeps the types of the file.  Only the tensors of this block are read.
+        `dtype` None keeps the types of the file, `device` None is that of the source.  Only the
+        tensors of this block are read.
         """
         block = self._copy_block(index)
         prefix = f"{self.block_names[index]}."
         for name, tensor in self._convert(self._block_recipes[index], dtype):
             _set_tensor(block, name.removeprefix(prefix), tensor)
         normalise(block)
-        return block.requires_grad_(False).eval()
+        return _placed(block.requires_grad_(False).eval(), device or self.device)
 
     def load_rest(
         self,
@@ -113,6 +127,7 @@ class Source:
         *,
         tokens: Tensor | None = None,
         logits_of: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> PreTrainedModel:
         """Return the model with all weights outside the blocks; the blocks stay on meta.
 
@@ -140,8 +155,8 @@ class Source:
         model.tie_weights(missing_keys=set(self._tied_away), recompute_mapping=False)
         for path, rows in wanted.items():
             weight = self.files.read(tables[path], dtype, rows)
-            _set_table(model.get_submodule(path), rows, weight)
-        return model.requires_grad_(False).eval()
+            _set_table(model.get_submodule(path), rows.to(device), weight)
+        return _placed(model.requires_grad_(False).eval(), device)
 
     @property
     def _embedding(self) -> str | None:
@@ -184,7 +199,7 @@ class Source:
 
     def block_tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name in the model, tensor as in the file) of one block, after normalisation."""
-        block = self.load_block(index, None)
+        block = self.load_block(index, None, device=CPU)
         for name, tensor in block.state_dict().items():
             yield f"{self.block_names[index]}.{name}", tensor
 
@@ -233,6 +248,13 @@ class Source:
     ) -> Iterator[tuple[str, Tensor]]:
         for recipe in recipes:
             yield from _follow(self.skeleton, recipe, self.files.read, dtype)
+
+
+def _placed(module: Module, device: torch.device) -> Module:
+    """Bring what a module holds to a device; what it holds no weights of stays on meta."""
+    if device.type != "cpu":
+        module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    return module
 
 
 def _plan(model: PreTrainedModel, files: TensorFiles) -> list[Recipe]:

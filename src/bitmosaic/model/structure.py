@@ -126,7 +126,8 @@ def permute_tie(block: nn.Module, tie: Tie, permutation: Tensor) -> None:
 def tie_columns(tie: Tie, permutation: Tensor) -> Tensor:
     """Return the order of the consumer's columns [size * repeat] that a permutation implies."""
     segments = permutation.view(-1, 1, tie.segment) % tie.segment
-    start = torch.arange(tie.size // tie.segment * tie.repeat) * tie.segment
+    count = tie.size // tie.segment * tie.repeat
+    start = torch.arange(count, device=permutation.device) * tie.segment
     return (start.view(-1, tie.repeat, 1) + segments).reshape(-1)
 
 
@@ -196,7 +197,7 @@ def _divide_output(producer: nn.Module, group: InputGroup, scale: Tensor) -> Non
 
 
 def _check_permutation(permutation: Tensor, size: int, segment: int) -> None:
-    identity = torch.arange(size)
+    identity = torch.arange(size, device=permutation.device)
     if permutation.shape != (size,) or not torch.equal(permutation.sort().values, identity):
         raise ValueError(
             f"A permutation must hold each of 0 to {size - 1} once, but this one of "

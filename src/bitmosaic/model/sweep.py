@@ -63,8 +63,12 @@ class Sweep:
         dtype: torch.dtype = torch.float32,
         memory_cap: int | None = None,
         directory: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """Take the samples, token ids [samples, tokens]; nothing runs yet."""
+        """Take the samples, token ids [samples, tokens]; nothing runs yet.
+
+        Blocks must be given on `device`; None is that of the source.
+        """
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or min(tokens.shape) < 1:
             raise ValueError(
                 "Calibration tokens must be int64 of shape (samples, tokens), "
@@ -81,6 +85,7 @@ class Sweep:
                 "Use 0 for files only."
             )
         self.source = source
+        self.device = device or source.device
         self.tokens = tokens
         self.dtype = dtype
         self._memory_cap = memory_cap
@@ -120,7 +125,9 @@ class Sweep:
         """
         self._check_vocabulary()
         none = torch.empty(0, dtype=torch.int64)
-        rest = self.source.load_rest(self.dtype, tokens=self.tokens, logits_of=none)
+        rest = self.source.load_rest(
+            self.dtype, tokens=self.tokens, logits_of=none, device=self.device
+        )
         stubs = install_stubs(rest, self.source.block_names)
         wrap = self._learn_return(rest, stubs)
         for stub in stubs:
@@ -129,7 +136,7 @@ class Sweep:
         kept: KeptStates | None = None
         for sample, window in enumerate(self.tokens):
             with suppress(BlockReachedError):
-                rest(input_ids=window[None], use_cache=False)
+                rest(input_ids=window[None].to(self.device), use_cache=False)
             calls = [stub.recorded() for stub in stubs]
             hidden = stubs[0].hidden
             if kept is None:
@@ -194,6 +201,7 @@ class Sweep:
             dtype=self.dtype,
             memory_cap=self._memory_cap,
             directory=self._directory,
+            device=self.device,
         )
         inputs = self.inputs(0)
         part._calls, part._wrap = self._calls, self._wrap
@@ -213,7 +221,7 @@ class Sweep:
         losses, float64 [samples]. The outputs of the last block are given up.
         """
         outputs = self.inputs(self.block_count)
-        rest = self.source.load_rest(self.dtype, tokens=self.tokens)
+        rest = self.source.load_rest(self.dtype, tokens=self.tokens, device=self.device)
         stubs = install_stubs(rest, self.source.block_names)
         for stub in stubs:
             stub.wrap = self._wrap
@@ -222,7 +230,7 @@ class Sweep:
         for sample, hidden in enumerate(outputs):
             target = None if teacher is None else teacher(sample)
             losses[sample], gradient = loss_gradient(
-                rest, stubs[-1], self.tokens[sample], hidden, target
+                rest, stubs[-1], self.tokens[sample].to(self.device), hidden, target
             )
             gradients.write(sample, gradient)
         self._set_gradients(self.block_count, gradients)
@@ -309,10 +317,10 @@ class Sweep:
         """Run block 0 really, once: stubs must return what blocks return, a tensor or a tuple."""
         stubs[0].stops = True
         with suppress(BlockReachedError):
-            rest(input_ids=self.tokens[:1], use_cache=False)
+            rest(input_ids=self.tokens[:1].to(self.device), use_cache=False)
         stubs[0].stops = False
         hidden, call = stubs[0].hidden, stubs[0].recorded()
-        block = self.source.load_block(0, self.dtype)
+        block = self.source.load_block(0, self.dtype, device=self.device)
         output = block(hidden.clone(), *call.arguments, **call.keywords)
         if hidden.dim() != 3 or hidden_of(output).shape != hidden.shape:
             raise UnsupportedError(
@@ -340,7 +348,13 @@ class Sweep:
         if self._gradients is not None:
             used += self._gradients.bytes_in_memory
         in_memory = self._memory_cap is None or used + size <= self._memory_cap
-        return KeptStates(self._shape, self.dtype, in_memory=in_memory, directory=self._directory)
+        return KeptStates(
+            self._shape,
+            self.dtype,
+            in_memory=in_memory,
+            directory=self._directory,
+            device=self.device,
+        )
 
     def _copied(self, states: Tensor, what: str) -> KeptStates:
         """Keep saved states, which must be those of these samples and this model."""

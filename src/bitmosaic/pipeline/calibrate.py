@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import backends, checkpoint, ranks, statistics
+from bitmosaic import backends, checkpoint, devices, ranks, statistics
 from bitmosaic.allocation.thresholds import ScoreCounter
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
@@ -87,10 +87,11 @@ def calibrate(
         "statistics": list(names),
         "blocks": len(source.block_names),
         "text": text,
+        "device": devices.kind(source.device),
     }
     agree_on_model(source)
     own = own_samples(tokens)
-    with exclusive(directory):
+    with exclusive(directory), devices.repeatable(source.device):
         claim(directory, MANIFEST, identity, "Give another directory, or delete this one.")
         kinds = by_kind(names)
         last = {kind: _unfinished(directory, len(source.block_names), kind) for kind in kinds}
@@ -251,13 +252,14 @@ class _Backward:
     def _new(
         self, layers: Iterable[str], names: Sequence[str]
     ) -> dict[str, dict[str, Statistic[Any]]]:
-        return {
-            layer: {
-                name: statistics.get(name)(tuple(self._matrices[layer].weight.shape))
-                for name in names
+        with devices.on(self._source.device):
+            return {
+                layer: {
+                    name: statistics.get(name)(tuple(self._matrices[layer].weight.shape))
+                    for name in names
+                }
+                for layer in layers
             }
-            for layer in layers
-        }
 
     @staticmethod
     def _finish(sums: dict[str, dict[str, Statistic[Any]]]) -> dict[str, Tensor]:
@@ -280,17 +282,18 @@ class _Backward:
         largest = ranks.given(lambda: checkpoint.read_tensors(path, names)[0])
         for group in self._groups:
             first = group.linears[0]
-            amax = largest[f"{first}.input_amax"]
+            amax = largest[f"{first}.input_amax"].to(self._source.device)
             norms = [
                 self._matrices[layer].weight.detach().double().square().sum(0)
                 for layer in group.linears
             ]
             worths = {
                 "fisher": fisher[f"{first}.input_fisher"],
-                "qerr": torch.ones(amax.shape),
+                "qerr": torch.ones_like(amax),
                 "output_err": torch.stack(norms).sum(0),
             }
-            counters[first] = ScoreCounter(float(amax.max()), worths, rounding)
+            with devices.on(self._source.device):
+                counters[first] = ScoreCounter(float(amax.max()), worths, rounding)
 
         def counting(counter: ScoreCounter) -> Callable[[int, Tensor], None]:
             return lambda _, x: counter.update(x)

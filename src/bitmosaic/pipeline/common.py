@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, ranks, statistics
+from bitmosaic import checkpoint, devices, ranks, statistics
 from bitmosaic.model.experts import linears
 from bitmosaic.model.source import Source
 from bitmosaic.model.structure import Structure, signature, structure
@@ -60,7 +60,7 @@ class Structures:
         if self._sweep is None:
             count = min(8, getattr(self._source.config, "max_position_embeddings", 8))
             tokens = torch.arange(count)[None] % self._source.config.vocab_size
-            self._sweep = Sweep(self._source, tokens)
+            self._sweep = Sweep(self._source, tokens, device=devices.CPU)
             self._sweep.embed()
         return self._sweep
 
@@ -162,7 +162,8 @@ def observe_inputs(
     for group in found.inputs:
         first = group.linears[0]
         shape = tuple(matrices[first].weight.shape)
-        sums[first] = {name: statistics.get(name)(shape) for name in names}
+        with devices.on(sweep.device):
+            sums[first] = {name: statistics.get(name)(shape) for name in names}
 
         def update(
             _: int, inputs: Tensor, name: str = first, parts: dict[str, Any] = sums[first]

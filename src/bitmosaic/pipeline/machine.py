@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from bitmosaic import ranks, rounding
+from bitmosaic import devices, ranks, rounding
 from bitmosaic.allocation import uniform
+from bitmosaic.devices import CPU
 from bitmosaic.statistics.base import ReproducibleSum
 
-_SIDE = 1024
+_SIDE, _GPU_SIDE = 1024, 4096
 _TOKENS = 256
 _LEAST, _SECONDS = 3, 0.05
 
@@ -87,27 +88,31 @@ class Rates:
 
     @classmethod
     @functools.cache
-    def measure(cls) -> Rates:
+    def measure(cls, device: torch.device = CPU) -> Rates:
         """Time each on a small piece, once in a process."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_TOKENS, _SIDE, generator=generator)
-        weight = torch.randn(_SIDE, _SIDE, generator=generator)
-        total = ReproducibleSum(weight.shape)
-        plan = uniform((_SIDE, _SIDE), "int4-g128")
+        side = _SIDE if device.type == "cpu" else _GPU_SIDE
+        x = torch.randn(_TOKENS, side, generator=generator).to(device)
+        weight = torch.randn(side, side, generator=generator).to(device)
         data = bytes(1 << 24)
-        return cls(
-            products=2 * _TOKENS * _SIDE**2 / _mean(lambda: x @ weight),
-            sums=weight.numel() / _mean(lambda: total.add(weight, squared=True)),
-            roundings=weight.numel() / _mean(lambda: rounding.nearest(weight, plan)),
-            bytes_read=len(data) / _mean(lambda: hashlib.sha256(data)),
-        )
+        with devices.on(device):
+            total = ReproducibleSum(weight.shape)
+            plan = uniform((side, side), "int4-g128")
+            return cls(
+                products=2 * _TOKENS * side**2 / _mean(lambda: x @ weight, device),
+                sums=weight.numel() / _mean(lambda: total.add(weight, squared=True), device),
+                roundings=weight.numel() / _mean(lambda: rounding.nearest(weight, plan), device),
+                bytes_read=len(data) / _mean(lambda: hashlib.sha256(data), CPU),
+            )
 
 
-def _mean(work: Callable[[], Any]) -> float:
+def _mean(work: Callable[[], Any], device: torch.device) -> float:
     """Return the mean seconds over some, after one to warm up: others on the machine count too."""
     work()
+    devices.wait(device)
     start, count = time.perf_counter(), 0
     while count < _LEAST or time.perf_counter() - start < _SECONDS:
         work()
+        devices.wait(device)
         count += 1
     return (time.perf_counter() - start) / count

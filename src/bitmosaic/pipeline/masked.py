@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, formats, rounding
+from bitmosaic import checkpoint, devices, formats, rounding
 from bitmosaic.allocation import LayerAllocation, TileCosts, band_formats
 from bitmosaic.allocation.masks import Drawn
 from bitmosaic.bands import levels
@@ -64,8 +64,9 @@ class MaskedModel:
 
     def gradients(self, samples: Sequence[int], drawn: Drawn) -> tuple[float, Tensor, Tensor]:
         """Return the mean loss over samples, and its gradients in the masks."""
-        gates = torch.zeros(drawn.gates.shape, dtype=torch.float64)
-        keep = torch.zeros(drawn.keep.shape, dtype=torch.float64)
+        drawn = devices.moved(drawn, self._source.device)
+        gates = torch.zeros_like(drawn.gates, dtype=torch.float64)
+        keep = torch.zeros_like(drawn.keep, dtype=torch.float64)
         with self._sweep.subset(samples) as sweep:
             for index in range(sweep.block_count):
                 self._forward(sweep, index, drawn, keep_inputs=True)
@@ -87,10 +88,12 @@ class MaskedModel:
                 for name, matrix in matrices.items():
                     if name in sums:  # an expert that no token reached has none
                         matrix.collect(sums.pop(name), drawn, gates, keep)
-        return loss, (gates / len(samples)).float(), (keep / len(samples)).float()
+        count = len(samples)
+        return loss, (gates / count).float().cpu(), (keep / count).float().cpu()
 
     def loss(self, samples: Sequence[int], drawn: Drawn) -> float:
         """Return the mean loss over samples."""
+        drawn = devices.moved(drawn, self._source.device)
         with self._sweep.subset(samples) as sweep:
             for index in range(sweep.block_count):
                 self._forward(sweep, index, drawn, keep_inputs=False)
@@ -144,6 +147,7 @@ class MaskedModel:
         kept = self._memory.get(index)
         if kept is None:
             kept, _ = checkpoint.read_tensors(self._file(index))
+            kept = devices.moved(kept, self._source.device)
             if self._keeps:
                 self._memory[index] = kept
         found = self._plain(index, block)
@@ -160,7 +164,8 @@ class MaskedModel:
     def _plain(self, index: int, block: nn.Module) -> dict[str, Matrix]:
         """Describe the matrices of a block, but for what rounding leaves of them."""
         problem, prefix = self._problem, self._source.block_names[index]
-        ties = problem.scores[index].ties
+        device = self._source.device
+        ties = devices.moved(problem.scores[index].ties, device)
         rows = {
             name: ties[f"{prefix}.{tie.consumer}"]
             for tie in self._structures.of(index, block).ties
@@ -171,14 +176,14 @@ class MaskedModel:
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
             number = problem.numbers[full]
-            table = problem.tables[number]
+            table = devices.moved(problem.tables[number], device)
             columns = ties.get(full, table.in_permutation)
             weight = linear.weight.detach()
             if rows.get(name) is None and columns is None:
                 weight = weight.clone()  # the block's own gets masked values
             found[name] = Matrix(
                 table,
-                problem.places[number],
+                problem.places[number].to(device),
                 rows.get(name),
                 columns,
                 stored(weight, rows.get(name), columns),
@@ -201,18 +206,19 @@ class MaskedModel:
             sums = observe_inputs(sweep, index, block, found, ("hessian",), keep_inputs=keep)
         matrices = self._plain(index, block)
         tensors: dict[str, Tensor] = {}
-        for group in found.inputs:
-            first, factor = group.linears[0], None
-            if damping is not None:
-                moments = sums.pop(first)["hessian"].value()
-                order = matrices[first].columns
-                moments = moments if order is None else moments[order][:, order]
-                factor = rounding.factorise(moments, damping, name=f"{prefix}.{first}")
-                tensors[first] = factor.unit
-            for name in group.linears:
-                for place, each in enumerate(self._problem.names[self._problem.prunes :]):
-                    left = _left(matrices[name], each, factor)
-                    tensors[f"{name}.{place}"] = left.to(torch.bfloat16)
+        with devices.on(self._source.device):
+            for group in found.inputs:
+                first, factor = group.linears[0], None
+                if damping is not None:
+                    moments = sums.pop(first)["hessian"].value()
+                    order = matrices[first].columns
+                    moments = moments if order is None else moments[order][:, order]
+                    factor = rounding.factorise(moments, damping, name=f"{prefix}.{first}")
+                    tensors[first] = factor.unit
+                for name in group.linears:
+                    for place, each in enumerate(self._problem.names[self._problem.prunes :]):
+                        left = _left(matrices[name], each, factor)
+                        tensors[f"{name}.{place}"] = left.to(torch.bfloat16)
         checkpoint.write_tensors(self._file(index), tensors)
 
     def _file(self, index: int) -> Path:

@@ -144,6 +144,7 @@ def calibrate_need(
         + 2 * samples * tokens * sum(width**2 for _, width in inputs) * sizes.blocks,
         summed=samples * sizes.weights * len(of_weights),
         moved=3 * tensor_bytes(source) + 4 * sizes.weights * len(of_weights),
+        device=source.device,
         remedy=_measure_less(names, tokens),
     )
 
@@ -179,6 +180,7 @@ def allocate_need(source: Source, method: Method, directory: Path) -> Need:
         where=directory,
         rounded=sizes.weights * (len(candidates) + 1),
         moved=2 * tensor_bytes(source) + 4 * sizes.weights * len(parts) + _PROOF * sizes.block,
+        device=source.device,
         remedy="use larger tiles" if costs > 4 * sizes.block else "",
     )
 
@@ -214,6 +216,7 @@ def pack_need(
         products=products,
         rounded=1.5 * (sizes.weights + sizes.tables),
         moved=2 * tensor_bytes(source) + 3 * output + _PROOF * sizes.block,
+        device=source.device,
         remedy="round to nearest: --base nearest" if method.block_statistics else "",
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmosaic import checkpoint, ranks
+from bitmosaic import checkpoint, devices, ranks
 from bitmosaic.activations import Rule
 from bitmosaic.allocation import Allocation, LayerAllocation
 from bitmosaic.methods import Method
@@ -116,14 +116,15 @@ class Packer:
         dtypes = {name: tensor.dtype for name, tensor in block.state_dict().items()}
         block.to(torch.float32)
         prefix = self.source.block_names[index]
-        layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
+        layers = self._layers(prefix, block)
         found = self._fold(index, block, prefix)
         measured: dict[str, LayerStatistics] = {}
         if sweep is not None:
             assert found is not None
             with inputs_changed(block, _rounding(layers)):
                 measured = _measure(self.method, sweep, index, block, found)
-            _scale(self.method, block, found, layers, measured)
+            with devices.on(self.source.device):
+                _scale(self.method, block, found, layers, measured)
         known = self._known(index)
         matrices = linears(block)
         weights = {name: linear.weight.detach() for name, linear in matrices.items()}
@@ -148,6 +149,11 @@ class Packer:
             with inputs_changed(block, _rounding(layers)):
                 sweep.forward(index, block, keep_inputs=False)
 
+    def _layers(self, prefix: str, block: nn.Module) -> dict[str, LayerAllocation]:
+        """Return the plans of a block's matrices, on its device."""
+        plans = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
+        return devices.moved(plans, self.source.device)
+
     def _quantized(
         self,
         prefix: str,
@@ -161,11 +167,12 @@ class Packer:
         A process quantizes all of its own before it sends one, so that they work at the same time.
         """
         owners = shares(weights, bool(self.method.block_statistics))
-        own = {
-            name: self.method.quantize(f"{prefix}.{name}", weight, layers[name], statistics[name])
-            for name, weight in weights.items()
-            if owners[name] == ranks.index()
-        }
+        with devices.on(self.source.device):
+            own = {
+                name: self.method.quantize(f"{prefix}.{name}", each, layers[name], statistics[name])
+                for name, each in weights.items()
+                if owners[name] == ranks.index()
+            }
         for name, owner in owners.items():
             full = f"{prefix}.{name}"
             if name in own:
@@ -174,7 +181,9 @@ class Packer:
             def arrays(name: str = name) -> dict[str, Tensor]:
                 return own[name].arrays()
 
-            sent = ranks.given(arrays, by=owner, to=None if everywhere else 0)
+            sent = devices.moved(
+                ranks.given(arrays, by=owner, to=None if everywhere else 0), self.source.device
+            )
             if name in own:
                 yield name, own.pop(name)
             elif sent:
@@ -190,16 +199,16 @@ class Packer:
         assert self.allocation.residual is None, "statistics are in the original order"
         if "fisher" in names:
             for name, fisher in self.statistics.read(index, "fisher").items():
-                found.setdefault(name, {})["fisher"] = fisher
+                found.setdefault(name, {})["fisher"] = fisher.to(self.source.device)
         if "activation" in names:
             for name, norms in self.statistics.read_norms(index).items():
-                found.setdefault(name, {})["norms"] = norms
+                found.setdefault(name, {})["norms"] = devices.moved(norms, self.source.device)
         return found
 
     def _fold(self, index: int, block: nn.Module, prefix: str) -> Structure | None:
         """Apply the orders that the allocation folds into the block."""
         ties = {
-            name.removeprefix(f"{prefix}."): order
+            name.removeprefix(f"{prefix}."): order.to(self.source.device)
             for name, order in self.allocation.ties.items()
             if name.startswith(f"{prefix}.")
         }
@@ -207,7 +216,7 @@ class Packer:
             return None
         found = self.structures.of(index, block)
         if self.allocation.residual is not None:
-            permute_residual_block(block, found, self.allocation.residual)
+            permute_residual_block(block, found, self.allocation.residual.to(self.source.device))
         for tie in found.ties:
             if tie.consumer not in ties:
                 continue
@@ -221,19 +230,21 @@ class Packer:
         """Run a block that an earlier, interrupted run has packed."""
         block = self.source.load_block(index)
         prefix = self.source.block_names[index]
-        layers = {name: self.allocation.layers[f"{prefix}.{name}"] for name in linears(block)}
+        layers = self._layers(prefix, block)
         tensors = ranks.given(lambda: checkpoint.read_tensors(path)[0])
         for name, linear in linears(block).items():
             full = f"{prefix}.{name}"
             layer = layers[name]
             for side, kept in enumerate(layer.shape if layer.is_narrow else ()):
-                narrow(linear, side, torch.arange(kept))  # room for what the file has
+                order = torch.arange(kept, device=self.source.device)
+                narrow(linear, side, order)  # room for what the file has
             arrays = {
                 key.removeprefix(f"{full}."): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(f"{full}.") and key != f"{full}.bias"
             }
-            linear.weight.data.copy_(assembled(full, layer, arrays).dequantize())
+            packed = assembled(full, layer, devices.moved(arrays, self.source.device))
+            linear.weight.data.copy_(packed.dequantize())
         for name, tensor in block.state_dict().items():
             if f"{prefix}.{name}" in tensors:
                 tensor.copy_(tensors[f"{prefix}.{name}"])

@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bitmosaic import devices
+from bitmosaic.devices import CPU
 from bitmosaic.pipeline.machine import Rates, available_memory, give_back, resident
 
 KEPT = 256 * 2**20
@@ -56,6 +60,7 @@ class Need:
         rounded: weights that are rounded, once for each format tried.
         moved: bytes of weights that are read and written.
         remedy: what would need less memory.
+        device: where the work is done.
     """
 
     stage: str
@@ -68,6 +73,7 @@ class Need:
     rounded: float = 0.0
     moved: float = 0.0
     remedy: str = ""
+    device: torch.device = CPU
 
     @property
     def widest(self) -> str:
@@ -95,6 +101,7 @@ def admit(need: Need, limits: Limits) -> int:
     memory, allowed = need.memory, limits.memory or available_memory()
     if memory > allowed:
         raise ValueError(_too_large(need, memory, allowed, capped=limits.memory is not None))
+    _admit_on_device(need)
     free = _free(need.where)
     if need.disk > free:
         raise OSError(
@@ -103,7 +110,7 @@ def admit(need: Need, limits: Limits) -> int:
         )
     kept = min(KEPT, need.states, allowed - memory)
     if limits.announce is not None:
-        rates = Rates.measure()
+        rates = Rates.measure(need.device)
         seconds = need.seconds(rates)
         if limits.memory is not None or seconds >= _WORTH_TELLING:
             parts = [f"{_size(memory + kept)} of memory (of {_size(allowed)})"]
@@ -112,6 +119,17 @@ def admit(need: Need, limits: Limits) -> int:
             parts.append(f"about {_time(seconds)} at {rates.products / 1e9:.0f} GFLOP/s")
             limits.announce(f"{need.stage} needs {', '.join(parts)}")
     return kept
+
+
+def _admit_on_device(need: Need) -> None:
+    """Refuse what a GPU has no room for; block inputs stay in the host's memory."""
+    free, wanted = devices.free_bytes(need.device), sum(need.moments[need.widest].values())
+    if free is not None and wanted > free:
+        raise ValueError(
+            f"device {need.device} must have {_size(wanted)} free for {need.stage} "
+            f"({need.widest}), not {_size(free)}. Leave --device out"
+            + (f", or {need.remedy}." if need.remedy else ".")
+        )
 
 
 def _too_large(need: Need, memory: int, allowed: int, *, capped: bool) -> str:

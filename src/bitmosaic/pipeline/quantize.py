@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import bitmosaic
-from bitmosaic import ranks
+from bitmosaic import devices, ranks
 from bitmosaic.allocation import Allocation, Budget
 from bitmosaic.methods import Method
 from bitmosaic.model.source import Source
@@ -125,7 +125,7 @@ def quantize(
     options = replace(options, memory_cap=min(options.memory_cap, kept), limits=told)
     agree_on_model(source)
     identity = _identity(source, method, budget, tokens, statistics_directory, allocation, options)
-    with exclusive(work):
+    with exclusive(work), devices.repeatable(source.device):
         if ranks.first():
             _prepare(output, work, options.overwrite, identity)
         return _run(
@@ -302,6 +302,7 @@ def _identity(
         "head": options.head,
         "shard_bytes": options.shard_bytes,
         "threads": torch.get_num_threads(),
+        "device": devices.kind(source.device),
     }
 
 
@@ -382,5 +383,6 @@ def _facts(
             "bitmosaic": bitmosaic.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "device": devices.kind(source.device),
         },
     }

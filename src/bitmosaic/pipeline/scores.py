@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bitmosaic
-from bitmosaic import checkpoint, ranks
+from bitmosaic import checkpoint, devices, ranks
 from bitmosaic.allocation.thresholds import InputScores
 from bitmosaic.methods import Method
 from bitmosaic.methods.base import BlockScores, BlockView
@@ -86,6 +86,7 @@ def score(
             "method": method.name,
             "parameters": method.score_parameters(),
             "statistics": None if statistics is None else statistics.manifest,
+            "device": devices.kind(source.device),
         }
         claim(directory, "scores.json", identity, "Delete that directory.")
     scorer = _Scorer(source, method, statistics)
@@ -157,8 +158,10 @@ class _Scorer:
         reads = self.method.fits_any_budget
         found = self.structure(index)  # proved before the block comes: that takes two more
         block = self.source.load_block(index) if reads else self.source.empty_block(index)
-        fisher, pivots, masks, activation, inputs = known
+        device = self.source.device if reads else devices.CPU
+        fisher, pivots, masks, activation, inputs = devices.moved(known, device)
         if residual is not None:
+            residual = residual.to(device)
             permute_residual_block(block, found, residual)
             _permute_residual(fisher, found, residual)
             activation = _permute_inputs(activation, found, residual)
@@ -171,7 +174,8 @@ class _Scorer:
             )
         weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
         view = BlockView(weights, found, fisher, activation, pivots, masks, inputs)
-        return self.method.score(view)
+        with devices.repeatable(device), devices.on(device):
+            return devices.moved(self.method.score(view), devices.CPU)
 
     def structure(self, index: int) -> Structure:
         return self.structures.of(index, self.source.empty_block(index))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import bitmosaic
-from bitmosaic import checkpoint
+from bitmosaic import checkpoint, devices
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.allocation.masks import Drawn, Learner, Learning
 from bitmosaic.methods import Method
@@ -71,11 +71,13 @@ def search(
         "compensation": method.compensation,
         "bytes": problem.budget,
         "tokens": tokens_digest(tokens),
+        "device": devices.kind(source.device),
     }
     place = directory / f"search-{method.name}-{digest(identity)[:16]}"
     claim(place, "search.json", identity, "Delete that directory.")
     if not (place / _MASKS).is_file():
-        _learn(problem, learning, tokens, place, track)
+        with devices.repeatable(source.device):
+            _learn(problem, learning, tokens, place, track)
     for path in [*place.glob("*.safetensors")]:
         if path.name != _MASKS:  # the state, and what rounding left, serve no other search
             path.unlink()

@@ -36,7 +36,7 @@ def largest(
     flat = score.flatten()
     if count <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    threshold = flat.topk(count, sorted=False).values.amin()
     mask = flat > threshold
     equal = (flat == threshold).nonzero()[:, 0]
     mask[equal[: count - int(mask.sum())]] = True

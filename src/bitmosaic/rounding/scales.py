@@ -42,6 +42,7 @@ SCALES = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(to
 """The positive finite E4M3 numbers, ascending."""
 
 _CHUNK_TILES = 1 << 14
+_GPU_CHUNK_TILES = 1 << 20
 """Tiles handled at a time by torch: 1 MB an array, against which dispatch does not count."""
 _FORMAT = NvfpFormat(4, GROUP)
 
@@ -73,14 +74,15 @@ def search_scales(
     is not finite or negative.
     """
     _check(weight, importance)
-    if not _is_missing():
+    if weight.is_cpu and not _is_missing():
         return _search_natively(weight, importance)
+    step = _CHUNK_TILES if weight.is_cpu else _GPU_CHUNK_TILES
     parts = [
         _search(
-            weight[at : at + _CHUNK_TILES].float(),
-            None if importance is None else importance[at : at + _CHUNK_TILES].float(),
+            weight[at : at + step].float(),
+            None if importance is None else importance[at : at + step].float(),
         )
-        for at in range(0, max(1, weight.shape[0]), _CHUNK_TILES)
+        for at in range(0, max(1, weight.shape[0]), step)
     ]
     return Swept(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -142,27 +144,28 @@ def _search_natively(weight: Tensor, importance: Tensor | None) -> Swept:
 
 def _search(weight: Tensor, importance: Tensor | None) -> Swept:
     """Search outwards from the format's own scale, each tile until its bound is reached."""
+    scales = SCALES.to(weight.device)
     size, counted = weight.abs(), _counted(weight, importance)
     first = _own_scale(weight)
     best = first.clone()
-    least = _error(size, counted, SCALES[first])
+    least = _error(size, counted, scales[first])
     # Upwards first, since the larger of two equally far scales wins.
     for direction, bound in ((1, _bound_above), (-1, _bound_below)):
-        left = torch.arange(weight.shape[0])
-        for step in range(1, len(SCALES)):
+        left = torch.arange(weight.shape[0], device=weight.device)
+        for step in range(1, len(scales)):
             at = first[left] + direction * step
-            left, at = _kept(left, at, (at >= 0) & (at < len(SCALES)))
+            left, at = _kept(left, at, (at >= 0) & (at < len(scales)))
             given = size[left], counted[left]
-            wins = _wins(bound(*given, SCALES[at]), least, step, best - first, left)
+            wins = _wins(bound(*given, scales[at]), least, step, best - first, left)
             given = given[0][wins], given[1][wins]
             left, at = _kept(left, at, wins)
             if not left.numel():
                 break
-            found = _error(*given, SCALES[at])
+            found = _error(*given, scales[at])
             better = _wins(found, least, step, best - first, left)
             best[left] = torch.where(better, at, best[left])
             least[left] = torch.where(better, found, least[left])
-    scale = SCALES[best]
+    scale = scales[best]
     return Swept(scale, encode_e2m1(weight / scale[:, None]), least)
 
 

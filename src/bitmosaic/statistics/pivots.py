@@ -34,7 +34,7 @@ class Pivots(Hessian):
         turned = moments[order][:, order].flip(0, 1)
         mean = float(turned.diagonal().mean())
         if mean == 0:
-            return torch.zeros(self.shape[1])
+            return torch.zeros_like(moments.diagonal(), dtype=torch.float32)
         turned.diagonal().add_(DAMPING * mean)
         lower, info = torch.linalg.cholesky_ex(turned)
         if int(info):
