@@ -1,9 +1,9 @@
 """What the GPU kernels reach: share of the memory's rate, and against bfloat16 matrices.
 
-    python benchmarks/gpu.py [--parts correct,one,few,many,mixed,decode] [--tune] --json OUT
+    python benchmarks/gpu.py [--parts PART,PART] [--tune] --json OUT
 
 Needs an NVIDIA GPU; under eight minutes.  Every figure is printed beside what is asked; the exit
-code is 1 where one is missed.
+code is 1 where one is missed.  The parts: correct, one, few, many, mixed, decode, quantize.
 
 First products of small weights of every kind are compared with float64, within the rounding of
 their types.  Then times: each is a CUDA graph that goes round copies of the weights (they are not
@@ -11,8 +11,9 @@ in the cache: more than 256 MB of them), the best of some rounds, in which what 
 turns.  The memory's rate is the better of a copy and a sum of 2 GiB, in the same run.
 
 `decode` is all matrices of one token of Llama 3.1 8B's geometry in one graph (32 blocks and the
-head), without attention and norms, which are the same on both sides.  `--tune` tries sizes of the
-kernels for each shape first, and writes what is best for this device to `tuned.json`.
+head), without attention and norms, which are the same on both sides.  `quantize` is of
+gpu_quantize.py.  `--tune` tries sizes of the kernels for each shape first, and writes what is best
+for this device to `tuned.json`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import gpu_quantize
 from bitmosaic import backends
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.backends._triton import choices
@@ -231,6 +233,7 @@ PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "many": many,
     "mixed": mixed,
     "decode": decode,
+    "quantize": gpu_quantize.rows,
 }
 
 
