@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -66,6 +67,8 @@ def _run(
 ) -> None:
     import torch
 
+    # As a terminal's job has it: one that a shell put into the background inherits it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= variables
     sys.stderr = log.open("w", buffering=1)
     torch.set_num_threads(1)

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitmosaic.backends._triton import decoding, kernels, layout, rounding
-from bitmosaic.backends._triton.launch import DECODE_WARPS, Weight
+from bitmosaic.backends._triton.launch import DECODE_WARPS
+from bitmosaic.backends._triton.layout import Arrays
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
@@ -92,12 +93,12 @@ CASES = (
 )
 
 
-def types(case: Case) -> Weight:
+def types(case: Case) -> Arrays:
     """Return a prepared weight with the types of its arrays in their place."""
-    given: dict[str, Any] = dict.fromkeys(Weight._fields, "*i32")
+    given: dict[str, Any] = dict.fromkeys(Arrays._fields, "*i32")
     given |= {"scales": "*fp16", "points": "*u8", "flags": "*u8"}
     given |= dict.fromkeys(("factors", "tables", "outlier_values"), "*fp32")
-    return Weight(**(given | case.types))
+    return Arrays(**(given | case.types))
 
 
 def source(case: Case) -> ASTSource:

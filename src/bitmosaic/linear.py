@@ -77,7 +77,8 @@ class PackedModule(nn.Module):
                     f"{self.name} must be loaded before it can run, but its arrays hold no data. "
                     "Load the checkpoint without offloading to disk."
                 )
-            if self.weight.is_cuda:  # from where `_park` left the arrays
+            away = self.weight.device.type not in ("cpu", "meta")
+            if away:  # from where `_park` left the arrays
                 tensor = tensor.to(self.weight.device)
             checkpoint.validate(self.name, tensor)
             backend = (
@@ -89,7 +90,7 @@ class PackedModule(nn.Module):
                 self._prepared = (backend, backend.prepare(tensor))
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.name}: {error}") from None
-            if self.weight.is_cuda and backend.repacks:
+            if away and backend.repacks:
                 self._park()
             self._prepared_from = self.tensor_scales
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,30 +26,6 @@ DECODE_WARPS = 8
 """Warps of each: with 4, a thread's 64 numbers and their places do not fit its registers."""
 
 
-class Weight(NamedTuple):
-    """The arrays of a prepared weight that kernels read."""
-
-    columns: Tensor
-    rows: Tensor
-    first: Tensor
-    start: Tensor
-    block: Tensor
-    words: Tensor
-    scales: Tensor
-    points: Tensor
-    factors: Tensor
-    tables: Tensor
-    table: Tensor
-    flags: Tensor
-    high: Tensor
-    high_first: Tensor
-    outlier_first: Tensor
-    outlier_rows: Tensor
-    outlier_columns: Tensor
-    outlier_values: Tensor
-    bands: Tensor
-
-
 class Ready:
     """A prepared weight, what its kernels are compiled for, and the handle that graphs hold."""
 
@@ -59,21 +35,21 @@ class Ready:
         if rule is not None and order is not None:  # inputs come rounded, in stored order
             tensor = _in_stored_columns(tensor)
         self.prepared = prepared = prepare(tensor)
+        self.arrays = arrays = prepared.arrays
         self.rule, self.out, self.width = rule, prepared.out, prepared.width
         self.nowhere = torch.empty(0, dtype=torch.int32, device=tensor.device)
-        self.panels = prepared.first.shape[0]
+        self.panels = arrays.first.shape[0]
         self.across = prepared.padded // COLUMNS
-        rows = prepared.rows
+        rows = arrays.rows
         self.places = invert(rows[rows >= 0].long()) if rows.numel() else None
-        self.arrays = Weight(*(getattr(prepared, name) for name in Weight._fields))
         self.whole = isinstance(rule, BandRule) and prepared.whole_numbers
         self.constants: dict[str, Any] = {
             "KINDS": prepared.kinds,
             "SUBS": COLUMNS // prepared.sub,
             "SCALE": prepared.scale_type,
-            "POINTS": prepared.points.numel() > 0,
+            "POINTS": arrays.points.numel() > 0,
             "TABLE_BY": prepared.table_by,
-            "GATHER": prepared.columns.numel() > 0,
+            "GATHER": arrays.columns.numel() > 0,
             "SCATTER": rows.numel() > 0,
         }
         self.source = self._source() if self.whole else self.nowhere
@@ -81,7 +57,7 @@ class Ready:
         if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
             self.sensitivity = rule.sensitivity.to(tensor.device, torch.float32)
         self.cut = prepared.padded != prepared.width
-        self.outliers = prepared.outlier_first.numel() > 0
+        self.outliers = arrays.outlier_first.numel() > 0
         self.handle = next(_handles)
         _held[self.handle] = self
 
@@ -92,7 +68,7 @@ class Ready:
 
     def _source(self) -> Tensor:
         """Name the in_channel of each prepared column, -1 for none."""
-        columns = self.prepared.columns
+        columns = self.arrays.columns
         if not columns.numel():
             every = torch.arange(self.prepared.padded, device=columns.device)
             columns = torch.where(every < self.width, every, -1)
@@ -160,7 +136,7 @@ def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
         x,
         x.stride(0),
         ready.source,
-        prepared.bands,
+        ready.arrays.bands,
         codes,
         scales,
         prepared.padded,

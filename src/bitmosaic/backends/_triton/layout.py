@@ -26,7 +26,8 @@ a cell they are sorted by format.  Where inputs are rounded in bands, bands do n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -48,19 +49,10 @@ Kind = tuple[int, int]
 """(grid, bits) of a cell's codes."""
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A weight [out, width] in the layout of this module, on its device.
+class Arrays(NamedTuple):
+    """What kernels read of a prepared weight, on its device.
 
     Attributes:
-        out: out_channels.
-        width: in_channels.
-        padded: prepared columns, a multiple of 128.
-        kinds: kinds of cells, in the order of the loops.
-        sub: columns that share a scale, at most 128.
-        scale_type: "none", "float" (the array's own type), "e4m3" or "e8m0" (as bytes).
-        table_by: what part of a cell has a table: "none", "cell", "column" or "row".
-        rule: how inputs are rounded, if they are.
         columns: [padded] in_channel of each prepared column, -1 for none; empty for all in order.
         rows: [panels 64] out_channel of each stored row, -1 for none; empty for all in order.
         first: [panels, kinds + 1] number of the first cell of each kind.
@@ -82,14 +74,6 @@ class Prepared:
         bands: [padded / 128] band of the inputs.
     """
 
-    out: int
-    width: int
-    padded: int
-    kinds: tuple[Kind, ...]
-    sub: int
-    scale_type: str
-    table_by: str
-    rule: Rule | None
     columns: Tensor
     rows: Tensor
     first: Tensor
@@ -110,11 +94,37 @@ class Prepared:
     outlier_values: Tensor
     bands: Tensor
 
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A weight [out, width] in the layout of this module.
+
+    Attributes:
+        out: out_channels.
+        width: in_channels.
+        padded: prepared columns, a multiple of 128.
+        kinds: kinds of cells, in the order of the loops.
+        sub: columns that share a scale, at most 128.
+        scale_type: "none", "float" (the array's own type), "e4m3" or "e8m0" (as bytes).
+        table_by: what part of a cell has a table: "none", "cell", "column" or "row".
+        rule: how inputs are rounded, if they are.
+        arrays: what kernels read.
+    """
+
+    out: int
+    width: int
+    padded: int
+    kinds: tuple[Kind, ...]
+    sub: int
+    scale_type: str
+    table_by: str
+    rule: Rule | None
+    arrays: Arrays
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the prepared weight holds."""
-        arrays = (getattr(self, each.name) for each in fields(self))
-        return sum(each.nbytes for each in arrays if isinstance(each, Tensor))
+        return sum(each.nbytes for each in self.arrays)
 
     @property
     def exact_in_bf16(self) -> bool:
@@ -129,7 +139,7 @@ class Prepared:
     @property
     def whole_numbers(self) -> bool:
         """Whether all cells hold whole numbers, with one scale a row."""
-        integer = not self.points.is_floating_point()
+        integer = not self.arrays.points.is_floating_point()
         return self.sub == COLUMNS and integer and all(grid == AFFINE for grid, _ in self.kinds)
 
 

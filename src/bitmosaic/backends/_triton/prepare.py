@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from bitmosaic.backends._triton.kinds import kind_of
 from bitmosaic.backends._triton.layout import (
     AFFINE,
-    BF16,
     BLOCK,
     COLUMNS,
     E2M1,
     E4M3,
-    E5M2,
-    FP16,
     MIXED,
     RAW,
     ROWS,
     TABLE,
+    Arrays,
     Kind,
     Prepared,
     fields_of,
@@ -29,17 +27,9 @@ from bitmosaic.backends._triton.layout import (
     row_words,
 )
 from bitmosaic.bands import BandRule
-from bitmosaic.formats import Format, Parameters
+from bitmosaic.formats import Parameters
 from bitmosaic.tensor import QuantizedTensor, invert
 from bitmosaic.tiling import Section
-
-_WIDTHS = (1, 2, 3, 4, 8)
-_TYPES = {
-    (8, E4M3): torch.float8_e4m3fn,
-    (8, E5M2): torch.float8_e5m2,
-    (16, FP16): torch.float16,
-    (16, BF16): torch.bfloat16,
-}
 
 
 def prepare(tensor: QuantizedTensor) -> Prepared:
@@ -66,7 +56,7 @@ class _Cells:
         self.tensor, self.device = tensor, tensor.device
         self.out, self.width = tensor.shape
         self.panels = -(-self.out // ROWS)
-        self.of_format = [_kind(fmt) for fmt in tensor.formats]
+        self.of_format = [kind_of(fmt) for fmt in tensor.formats]
         self.order, self.bands = self._columns()
         self.across = self.order.numel() // COLUMNS
         self.tile_map = tensor.tile_formats().to(self.device)
@@ -99,20 +89,22 @@ class _Cells:
             scale_type,
             table_by,
             self.tensor.activations,
-            columns,
-            rows,
-            self._first(),
-            start,
-            self.block.to(torch.int32),
-            words,
-            scales,
-            self._points(sub),
-            factors,
-            tables,
-            table.to(torch.int32),
-            *self._halves(codes),
-            *self._outliers(original),
-            self.bands,
+            Arrays(
+                columns,
+                rows,
+                self._first(),
+                start,
+                self.block.to(torch.int32),
+                words,
+                scales,
+                self._points(sub),
+                factors,
+                tables,
+                table.to(torch.int32),
+                *self._halves(codes),
+                *self._outliers(original),
+                self.bands,
+            ),
         )
 
     def _columns(self) -> tuple[Tensor, Tensor]:
@@ -421,30 +413,3 @@ class _Cells:
             columns[sort].to(torch.int32),
             more[sort],
         )
-
-
-def _kind(fmt: Format) -> Kind | None:
-    """Say what a format's codes are, by what they decode to; None where they take no bits."""
-    if fmt.bits == 0:
-        return None
-    bits = next((width for width in _WIDTHS if width >= fmt.bits), 16)
-    if fmt.is_affine:
-        return (AFFINE, bits) if bits <= 8 else (RAW, 32)
-    fixed = fmt.grid
-    if fixed is not None and not fmt.fixed_zero_point and not fmt.stores_zero_point:
-        for (width, grid), values in _float_grids().items():
-            if width == fmt.bits and torch.equal(values, fixed.nan_to_num(0.0)):
-                return grid, width
-    return (TABLE, bits) if bits <= 8 else (RAW, 32)
-
-
-@functools.cache
-def _float_grids() -> dict[tuple[int, int], Tensor]:
-    """Return the values of float types by bit pattern, 0 for what is no finite number."""
-    half = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    grids = {(4, E2M1): torch.cat([half, -half])}
-    for (width, grid), dtype in _TYPES.items():
-        codes = torch.arange(2**width, dtype=torch.int32)
-        values = codes.to(torch.uint8 if width == 8 else torch.int16).view(dtype).float()
-        grids[width, grid] = torch.where(values.isfinite(), values, 0.0)
-    return grids
