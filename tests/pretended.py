@@ -34,15 +34,16 @@ class Away(Tensor):
     @staticmethod
     def __new__(cls, host: Tensor) -> Away:
         """Take a tensor of the host's."""
-        made: Away = Tensor._make_wrapper_subclass(
-            cls,
-            host.shape,
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            device=DEVICE,
-            requires_grad=host.requires_grad,
-        )
+        with torch.inference_mode(False):
+            made: Away = Tensor._make_wrapper_subclass(
+                cls,
+                host.shape,
+                strides=host.stride(),
+                storage_offset=host.storage_offset(),
+                dtype=host.dtype,
+                device=DEVICE,
+                requires_grad=host.requires_grad,
+            )
         made.host = host
         return made
 

@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bitmosaic
 from bitmosaic import devices, methods, pipeline, rounding
 from bitmosaic.allocation import Budget
+from bitmosaic.evaluation.generation import generate
+from bitmosaic.evaluation.model import open_tokenizer
+from bitmosaic.evaluation.record import evaluate, load_model
 from bitmosaic.kmeans import lloyd, optimal
 from bitmosaic.methods import Method
 from bitmosaic.methods.toga import Toga
@@ -28,6 +31,8 @@ from bitmosaic.pipeline.masked_matrix import Matrix
 from bitmosaic.pipeline.preflight import Need, admit
 from bitmosaic.rounding.scales import search_scales
 from bitmosaic.statistics.base import ReproducibleSum
+from commands import make_kit
+from packed import reference_only  # noqa: F401  (a fixture)
 from pretended import DEVICE, pretended
 from runs import Case, case, content
 
@@ -193,6 +198,33 @@ def test_recipes_name_the_device(opt: Case) -> None:
     method = methods.get("rtn")(format="int4-g32")
     _, facts = opt.quantize(method, Budget(bits=6.5), "named")
     assert facts["versions"]["device"] == "cpu"
+
+
+@pytest.mark.usefixtures("reference_only")
+@pytest.mark.parametrize("kv", ["exact", "int4"])
+def test_evaluation_and_generation(kv: str, tmp_path: Path) -> None:
+    """Packed weights, windows, caches and the original come to the device: equal figures."""
+    kit = make_kit(tmp_path)
+    packed = tmp_path / "packed"
+    bitmosaic.quantize(kit / "model", packed, bits=4.8, method="rtn", format="int4-g32")
+    tokenizer = open_tokenizer(packed)
+    found = []
+    for device in (devices.CPU, DEVICE):
+        with pretended():
+            figures = evaluate(
+                packed,
+                kit / "heldout.txt",
+                seqlen=32,
+                limit=4,
+                reference=kit / "model",
+                kv=kv,
+                device=device,
+            )
+            model = load_model(packed, activations="exact", dtype=torch.float32, device=device)
+            text = generate(model, tokenizer, "def f", tokens=8).text
+        assert {each.device for each in model.parameters()} <= {device}
+        found.append(({**figures, "seconds": 0}, text))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
