@@ -161,7 +161,7 @@ def rounded_check(tensor: QuantizedTensor, x: Tensor, bias: Tensor | None = None
     assert_matmul_close(actual, rounded, tensor.dequantize(), bias)
 
 
-@pytest.mark.parametrize(("width", "dtype"), zip((290, 40, 40), TYPES, strict=True))
+@pytest.mark.parametrize(("width", "dtype"), [*zip((290, 40, 40), TYPES, strict=True)])
 def test_inputs_are_rounded_as_the_rule_says(width: int, dtype: torch.dtype) -> None:
     """Bit for bit, of numbers that round badly, in an order of their own."""
     x = torch.cat([each[:3] for each in inputs(width).values()]).to(dtype)
@@ -173,7 +173,7 @@ def test_inputs_are_rounded_as_the_rule_says(width: int, dtype: torch.dtype) -> 
         assert_same_bits(launch.round_tiles(ready, x, torch.float32), rule.values(x[:, order]))
 
 
-@pytest.mark.parametrize(("width", "dtype"), zip((290, 40, 40), TYPES, strict=True))
+@pytest.mark.parametrize(("width", "dtype"), [*zip((290, 40, 40), TYPES, strict=True)])
 def test_inputs_are_rounded_in_the_bands_of_the_rule(width: int, dtype: torch.dtype) -> None:
     x = torch.cat([each[:3] for each in inputs(width).values()]).to(dtype)
     tensor = uniform("int4", (8, width), (8, width))
