@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], Budget]] = {
     "toga": (
         "toga",
         {"formats": LADDER, "base": "gptq", "widths": True, **LEARNED},
-        Budget(bits=2.6),
+        Budget(bits=1.5),
     ),
     "toga in bands": (
         "toga",
@@ -110,7 +110,7 @@ def test_scores_searches_and_outputs(short: Case, name: str, tmp_path: Path) -> 
         kept = shutil.copytree(short.statistics.directory, tmp_path / f"of {source.device}")
         output = tmp_path / f"on {source.device}"
         with pretended():
-            pipeline.quantize(
+            facts = pipeline.quantize(
                 source,
                 method,
                 budget,
@@ -119,6 +119,8 @@ def test_scores_searches_and_outputs(short: Case, name: str, tmp_path: Path) -> 
                 statistics_directory=kept,
             )
         found.append((tensors(output), tensors(kept)))
+        if name == "toga":  # narrower matrices come to the device too
+            assert facts["bits_per_kept_weight"] > facts["bits_per_weight"]
     assert found[0] == found[1]
 
 
@@ -306,6 +308,24 @@ def test_an_index_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.find("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="'cuda:2' must be within cuda:0 and cuda:1"):
         devices.find("cuda:2")
+
+
+def test_sums_of_a_gpu_have_one_order_for_a_while() -> None:
+    torch.use_deterministic_algorithms(False)
+    with devices.repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    with devices.repeatable(devices.CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_torch_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"mem_get_info": (10, 50), "memory_reserved": 7, "memory_allocated": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
+    assert devices.free_bytes(torch.device("cuda")) == 13
+    assert devices.free_bytes(devices.CPU) is None
 
 
 def test_what_the_device_refuses() -> None:
