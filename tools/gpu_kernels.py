@@ -83,7 +83,6 @@ CASES = (
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
     Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
     Case("int3, one token", ((A, 3),), more={"tokens": 1}),
-    Case("parts added", (), kernel="reduce"),
     Case("decoded", ((A, 3), (A, 8), (layout.TABLE, 4), (layout.RAW, 32)), kernel="decode", **ROWS),
     Case("rows decoded", ((layout.E2M1, layout.MIXED),), kernel="decode", more=PICK, **FP4),
     Case("outliers added", (), kernel="add_outliers"),
@@ -133,7 +132,7 @@ def source(case: Case) -> ASTSource:
         "x": "*i8" if case.kernel == "multiply_whole" else f"*{case.dtype}",
         **dict.fromkeys(("y", "bias"), f"*{case.dtype}"),
         **dict.fromkeys(("parts", "scales", "sensitivity"), "*fp32"),
-        **dict.fromkeys(("picked", "order", "source", "band_of"), "*i32"),
+        **dict.fromkeys(("picked", "order", "source", "band_of", "counters"), "*i32"),
         **dict.fromkeys(("unit", "inverse", "threshold"), "fp32"),
         "codes": "*i8",
     }
@@ -172,6 +171,7 @@ def compiled(task: tuple[Case, int]) -> dict[str, Any]:
         "copies": count(r"cp\.async\.c[ag]\.shared\.global[^;]*0x10"),
         "core": core,
         "tensor": count(core),
+        "counted": count(r"atom\.global\.gpu\.acq_rel\.add"),
         "registers": registers,
         "spilled": spilled,
         "shared": made.metadata.shared,
@@ -204,6 +204,8 @@ def faults(found: dict[str, Any]) -> Iterator[str]:
         return
     if found["copies"] < len(case.kinds):
         yield "weights do not come by copies of 16 bytes"
+    if not found["counted"]:
+        yield "programs that share a panel are not told of each other's sums"
     if not found["tensor"]:
         yield f"no {found['core']}"
     if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds):

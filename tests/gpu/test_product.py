@@ -76,6 +76,7 @@ def test_tiles_of_unlike_precision(
     sizes(monkeypatch, Choice(16, parts))
     tensor = mixture(SFMP, (150, 500), (64, 128), permuted=True, outliers=0.01)
     check(tensor, tokens(19, 500, dtype=dtype), tokens(1, 150, dtype=dtype)[0])
+    assert not any(counters.any() for counters in launch._counters.values())
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -1,7 +1,10 @@
 """Kernels over the cells of `layout`: products.
 
-    multiply   y[t, n] = sum over cells of W x^T     a program: 64 rows, some tokens, and a part of
-    reduce     y = parts in order, + bias            the cells of its panel (split K)
+    y[t, n] = sum over cells of W x^T + bias      a program: 64 rows, some tokens, and a part of the
+                                                  cells of its panel (split K)
+
+Where a panel is shared, each program writes its sums, and the one that comes last adds all of them
+in the order of the parts: one launch, and the same bits whoever comes last.
 
 Decoded weights stand on the left of the tensor core's product: 64 rows fill its M whatever the
 number of tokens, which becomes N.  Whole numbers, less their zero points, are exact in float16 and
@@ -212,11 +215,42 @@ def finish(
 
 
 @triton.jit
-def keep(total, parts, part, panel, panels, token, tokens):
-    """Write the sums of one part of a panel's cells to parts [PARTS, tokens, panels 64]."""
-    place = (part.to(tl.int64) * tokens + token[None, :]) * (panels * ROWS)
-    place += panel * ROWS + tl.arange(0, ROWS)[:, None]
-    tl.store(parts + place, total, mask=token[None, :] < tokens)
+def deliver(
+    w,
+    total,
+    y,
+    bias,
+    parts,
+    counters,
+    unit,
+    token,
+    tokens,
+    out,
+    SCATTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write a program's sums [64, tokens] to y; of those that share a panel the last does it.
+
+    `parts` [PARTS, tokens, panels 64] holds what each has found, `counters` [token blocks, panels]
+    how many are done, and is left as it was: 0.
+    """
+    panel, panels = tl.program_id(0), tl.num_programs(0)
+    if PARTS == 1:
+        finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
+    else:
+        width, known = (panels * ROWS).to(tl.int64), token[None, :] < tokens
+        size = width * tokens
+        place = token[None, :] * width + panel * ROWS + tl.arange(0, ROWS)[:, None]
+        tl.store(parts + tl.program_id(1) * size + place, total, mask=known)
+        tl.debug_barrier()  # all threads have written before one of them counts
+        counter = counters + tl.program_id(2) * panels + panel
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
+            total = tl.full(total.shape, 0.0, tl.float32)
+            for part in range(PARTS):  # past the first cache, which knows nothing of other programs
+                total += tl.load(parts + part * size + place, mask=known, cache_modifier=".cg")
+            tl.store(counter, 0)
+            finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
 
 
 @triton.jit
@@ -228,6 +262,7 @@ def multiply(
     y,
     bias,
     parts,
+    counters,
     unit,
     width,
     out,
@@ -245,7 +280,7 @@ def multiply(
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Compute y [tokens, out] = x W^T unit + bias, or parts of the sums for `reduce`."""
+    """Compute y [tokens, out] = x W^T unit + bias."""
     panel, part = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     total = panel_product(
@@ -271,10 +306,7 @@ def multiply(
     if OUTLIERS:
         if part == 0:
             total += outlier_product(w, x, stride, panel, token, tokens, TOKENS, 64)
-    if PARTS == 1:
-        finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
-    else:
-        keep(total, parts, part, panel, tl.num_programs(0), token, tokens)
+    deliver(w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, PARTS)
 
 
 @triton.jit
@@ -337,6 +369,7 @@ def multiply_whole(
     y,
     bias,
     parts,
+    counters,
     padded,
     out,
     KINDS: tl.constexpr,
@@ -373,32 +406,4 @@ def multiply_whole(
             PARTS,
             STAGES,
         )
-    if PARTS == 1:
-        finish(w, total, y, bias, 1.0, panel, token, tokens, out, SCATTER, BIAS)
-    else:
-        keep(total, parts, part, panel, tl.num_programs(0), token, tokens)
-
-
-@triton.jit
-def reduce(
-    w,
-    parts,
-    tokens,
-    y,
-    bias,
-    unit,
-    out,
-    SCATTER: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Add the parts in their order and write y."""
-    panel, row = tl.program_id(0), tl.arange(0, ROWS)[:, None]
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    width = tl.num_programs(0) * ROWS
-    total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-    for part in range(PARTS):
-        place = (part * tokens + token[None, :].to(tl.int64)) * width + panel * ROWS + row
-        total += tl.load(parts + place, mask=token[None, :] < tokens, other=0.0)
-    finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
+    deliver(w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, PARTS)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule
 from bitmosaic.backends._triton import choices, decoding, kernels, rounding
+from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.backends._triton.layout import COLUMNS, ROWS
 from bitmosaic.backends._triton.prepare import prepare
 from bitmosaic.bands import BandRule, levels
@@ -157,7 +158,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     if x.stride(1) != 1:
         x = x.contiguous()
     bias = y if bias is None else bias
-    parts = _parts(ready, tokens, choice.parts, x.device)
+    parts, counters = _shared(ready, tokens, choice, x.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
     kernels.multiply[grid](
         ready.arrays,
@@ -167,6 +168,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         y,
         bias,
         parts,
+        counters,
         unit,
         ready.width,
         ready.out,
@@ -179,7 +181,6 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         STAGES=choice.stages,
         num_warps=choice.warps,
     )
-    _reduce(ready, parts, tokens, y, bias, unit, choice.parts, bias_given)
 
 
 def _multiply_whole(
@@ -189,7 +190,7 @@ def _multiply_whole(
     tokens = codes.shape[0]
     choice = choices.choose(codes.device, min(tokens, 256), ready.panels, ready.across)
     bias_given, bias = bias is not None, y if bias is None else bias
-    parts = _parts(ready, tokens, choice.parts, codes.device)
+    parts, counters = _shared(ready, tokens, choice, codes.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
     kernels.multiply_whole[grid](
         ready.arrays,
@@ -200,6 +201,7 @@ def _multiply_whole(
         y,
         bias,
         parts,
+        counters,
         ready.prepared.padded,
         ready.out,
         KINDS=ready.prepared.kinds,
@@ -211,40 +213,24 @@ def _multiply_whole(
         STAGES=choice.stages,
         num_warps=choice.warps,
     )
-    _reduce(ready, parts, tokens, y, bias, 1.0, choice.parts, bias_given)
 
 
-def _parts(ready: Ready, tokens: int, count: int, device: torch.device) -> Tensor:
-    shape = (count, tokens, ready.panels * ROWS) if count > 1 else (1,)
-    return torch.empty(shape, dtype=torch.float32, device=device)
-
-
-def _reduce(
-    ready: Ready,
-    parts: Tensor,
-    tokens: int,
-    y: Tensor,
-    bias: Tensor,
-    unit: float,
-    count: int,
-    bias_given: bool,
-) -> None:
-    if count == 1:
-        return
-    grid = (ready.panels, -(-tokens // 16))
-    kernels.reduce[grid](
-        ready.arrays,
-        parts,
-        tokens,
-        y,
-        bias,
-        unit,
-        ready.out,
-        SCATTER=ready.constants["SCATTER"],
-        BIAS=bias_given,
-        TOKENS=16,
-        PARTS=count,
+def _shared(ready: Ready, tokens: int, choice: Choice, device: torch.device) -> tuple[Tensor, ...]:
+    """Return room for the sums of programs that share a panel, and the counters of those done."""
+    if choice.parts == 1:
+        return (ready.nowhere.float(), ready.nowhere)
+    sums = torch.empty(
+        choice.parts, tokens, ready.panels * ROWS, dtype=torch.float32, device=device
     )
+    needed = ready.panels * -(-tokens // choice.tokens)
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if key not in _counters or _counters[key].numel() < needed:
+        _counters[key] = torch.zeros(max(needed, 1 << 14), dtype=torch.int32, device=device)
+    return sums, _counters[key]
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+"""Zeros between launches: products of one stream come one after the other, and leave them so."""
 
 
 def dense(ready: Ready, dtype: torch.dtype, *, exact: bool = True) -> Tensor:
