@@ -94,17 +94,45 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def moved(value: T, device: torch.device) -> T:
-    """Return plain data with all its tensors on a device: dataclasses, tuples, lists, mappings."""
-    made: Any = value
-    if isinstance(value, Tensor):
-        made = value.to(device)
-    elif is_dataclass(value) and not isinstance(value, type):
-        names = [each.name for each in fields(value) if each.init]
-        made = replace(value, **{name: moved(getattr(value, name), device) for name in names})
-    elif isinstance(value, Mapping):
-        made = {key: moved(each, device) for key, each in value.items()}
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        made = type(value)(*(moved(each, device) for each in value))
-    elif isinstance(value, list | tuple):
-        made = type(value)(moved(each, device) for each in value)
-    return made
+    """Return plain data with all its tensors on a device: dataclasses, tuples, lists, mappings.
+
+    What is there already is the same object, and what was one object in two places stays one.
+    """
+    return _Mover(device).moved(value)
+
+
+class _Mover:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[int, tuple[Any, Any]] = {}  # the originals too, so that ids stay theirs
+
+    def moved(self, value: Any) -> Any:
+        if id(value) not in self._known:
+            self._known[id(value)] = value, self._made(value)
+        return self._known[id(value)][1]
+
+    def _made(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self._device)
+        parts = _parts(value)
+        made = {key: self.moved(part) for key, part in parts.items()}
+        if all(made[key] is part for key, part in parts.items()):
+            return value
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **made)
+        if isinstance(value, Mapping):
+            return made
+        if hasattr(value, "_fields"):
+            return type(value)(**made)
+        return type(value)(made.values())
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """Name what a value is made of; nothing where it is not known."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "_fields"):  # a named tuple
+        return {name: getattr(value, name) for name in value._fields}
+    return dict(enumerate(value)) if isinstance(value, list | tuple) else {}

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bitmosaic
 from bitmosaic import devices, methods, pipeline, rounding
 from bitmosaic.allocation import Budget
+from bitmosaic.allocation.thresholds import Histogram
 from bitmosaic.evaluation.generation import generate
 from bitmosaic.evaluation.model import open_tokenizer
 from bitmosaic.evaluation.record import evaluate, load_model
@@ -33,7 +34,7 @@ from bitmosaic.rounding.scales import search_scales
 from bitmosaic.statistics.base import ReproducibleSum
 from commands import make_kit
 from packed import reference_only  # noqa: F401  (a fixture)
-from pretended import DEVICE, pretended
+from pretended import DEVICE, Away, pretended
 from runs import Case, case, content
 
 LADDER = ("pruned", "int1-g32-sym", "int2-g32", "int4-g32")
@@ -326,6 +327,22 @@ def test_what_torch_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.cuda, name, lambda _, size=size: size)
     assert devices.free_bytes(torch.device("cuda")) == 13
     assert devices.free_bytes(devices.CPU) is None
+
+
+def test_moving_keeps_what_is_one_object() -> None:
+    """FGMP pools the scores of an input once, however many matrices read it."""
+    scores = Histogram(torch.tensor([1, 2]), torch.tensor([3, 4]))
+    shared = {"q": scores, "k": scores, "rest": [(1, scores.bins), None, "name"]}
+    assert devices.moved(shared, devices.CPU) is shared
+    with pretended():
+        there = devices.moved(shared, DEVICE)
+        assert there["q"] is there["k"]
+        assert there["rest"][0][1] is there["q"].bins
+        assert isinstance(there["q"].counts, Away)
+        assert there["rest"][1:] == [None, "name"]
+        back = devices.moved(there, devices.CPU)
+    assert torch.equal(back["q"].counts, scores.counts)
+    assert back["q"] is back["k"]
 
 
 def test_what_the_device_refuses() -> None:
