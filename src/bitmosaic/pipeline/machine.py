@@ -86,24 +86,28 @@ class Rates:
     roundings: float
     bytes_read: float
 
-    @classmethod
-    @functools.cache
-    def measure(cls, device: torch.device = CPU) -> Rates:
+    @staticmethod
+    def measure(device: torch.device = CPU) -> Rates:
         """Time each on a small piece, once in a process."""
-        generator = torch.Generator().manual_seed(0)
-        side = _SIDE if device.type == "cpu" else _GPU_SIDE
-        x = torch.randn(_TOKENS, side, generator=generator).to(device)
-        weight = torch.randn(side, side, generator=generator).to(device)
-        data = bytes(1 << 24)
-        with devices.on(device):
-            total = ReproducibleSum(weight.shape)
-            plan = uniform((side, side), "int4-g128")
-            return cls(
-                products=2 * _TOKENS * side**2 / _mean(lambda: x @ weight, device),
-                sums=weight.numel() / _mean(lambda: total.add(weight, squared=True), device),
-                roundings=weight.numel() / _mean(lambda: rounding.nearest(weight, plan), device),
-                bytes_read=len(data) / _mean(lambda: hashlib.sha256(data), CPU),
-            )
+        return _measured(device)
+
+
+@functools.cache
+def _measured(device: torch.device) -> Rates:
+    generator = torch.Generator().manual_seed(0)
+    side = _SIDE if device.type == "cpu" else _GPU_SIDE
+    x = torch.randn(_TOKENS, side, generator=generator).to(device)
+    weight = torch.randn(side, side, generator=generator).to(device)
+    data = bytes(1 << 24)
+    with devices.on(device):
+        total = ReproducibleSum(weight.shape)
+        plan = uniform((side, side), "int4-g128")
+        return Rates(
+            products=2 * _TOKENS * side**2 / _mean(lambda: x @ weight, device),
+            sums=weight.numel() / _mean(lambda: total.add(weight, squared=True), device),
+            roundings=weight.numel() / _mean(lambda: rounding.nearest(weight, plan), device),
+            bytes_read=len(data) / _mean(lambda: hashlib.sha256(data), CPU),
+        )
 
 
 def _mean(work: Callable[[], Any], device: torch.device) -> float:
