@@ -39,8 +39,7 @@ _CHUNK_VALUES = 1 << 19
 """Values handled at a time: an array of prefix sums is 4 MB, and an operation on one level of 128
 rows of 4096 values still has thousands of elements against its 5 us of dispatch."""
 _PIECE = 1 << 15
-_GPU_CHUNK_VALUES, _GPU_PIECE = 1 << 24, 1 << 22
-"""The same where an operation takes longest to begin: 128 MB."""
+_GPU_CHUNK_VALUES, _GPU_PIECE = 1 << 24, 1 << 22  # where beginning an operation takes longest
 _TINY = 1e-300
 """Stands for the mass of an empty cluster, whose sum is 0: its gain is then 0."""
 _SLACK = 1e-9
@@ -224,8 +223,7 @@ def _running(values: Tensor) -> Tensor:
 
 
 def _lines(values: Tensor, weights: Tensor | None) -> list[_Line]:
-    chunk = _CHUNK_VALUES if values.is_cpu else _GPU_CHUNK_VALUES
-    step = max(1, chunk // values.shape[1])
+    step = max(1, (_CHUNK_VALUES if values.is_cpu else _GPU_CHUNK_VALUES) // values.shape[1])
     parts = range(0, values.shape[0], step)
     return [
         _Line.of(values[at : at + step], None if weights is None else weights[at : at + step])
