@@ -11,9 +11,9 @@ in the cache: more than 256 MB of them), the best of some rounds, in which what 
 turns.  The memory's rate is the better of a copy and a sum of 2 GiB, in the same run.
 
 `decode` is all matrices of one token of Llama 3.1 8B's geometry in one graph (32 blocks and the
-head), without attention and norms, which are the same on both sides.  `quantize` is of
-gpu_quantize.py.  `--tune` tries sizes of the kernels for each shape first, and writes what is best
-for this device to `tuned.json`.
+head; q, k and v by one launch, gate and up too), without attention and norms, which are the same on
+both sides.  `quantize` is of gpu_quantize.py.  `--tune` tries sizes of the kernels for each shape
+first, and writes what is best for this device to `tuned.json`.
 """
 
 from __future__ import annotations
@@ -147,6 +147,17 @@ def correct() -> Iterator[dict[str, Any]]:
             known = bool(error.isfinite().all()) and torch.equal(y, again)
             worst = max(worst, float(error.max())) if known else float("inf")
         yield at_least(f"bound over error, {name}, {tokens} tokens", 1 / max(worst, 1e-9), 1.0)
+    yield together()
+
+
+def together() -> dict[str, Any]:
+    """Compare weights that lie together with each by itself."""
+    weights = [random_tensor(shape, MIX_3).to("cuda") for shape in ((512, 1024), (320, 1024))]
+    merged, parts = BACKEND.merge([BACKEND.prepare(weight) for weight in weights])
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+    pairs = zip(BACKEND.linears(x, merged, None), parts, strict=True)
+    close = [torch.allclose(y, BACKEND.linear(x, part), rtol=0.02, atol=0.02) for y, part in pairs]
+    return at_least("weights that lie together: share that is right", sum(close) / 2, 1.0)
 
 
 def one() -> Iterator[dict[str, Any]]:
@@ -199,16 +210,31 @@ def mixed() -> Iterator[dict[str, Any]]:
 
 def decode() -> Iterator[dict[str, Any]]:
     """All matrices of a token, against bfloat16."""
-    shapes = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN), (HIDDEN, HIDDEN)]
-    shapes += [LARGE, LARGE, (HIDDEN, INNER)]
+    qkv, gate_up = [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN)], [LARGE, LARGE]
+    shapes = [*qkv, (HIDDEN, HIDDEN), *gate_up, (HIDDEN, INNER)]
     made = {shape: random_tensor(shape, MIX_3).to("cuda") for shape in {*shapes}}
     head = BACKEND.prepare(random_tensor((VOCABULARY, HIDDEN), MIX_4).to("cuda"))
-    packed = [BACKEND.prepare(made[shape]) for _ in range(BLOCKS) for shape in shapes] + [head]
+    groups, packed = [], []
+    for _ in range(BLOCKS):
+        for members in (qkv, shapes[3:4], gate_up, shapes[6:]):
+            weights = [BACKEND.prepare(made[shape]) for shape in members]
+            together, parts = BACKEND.merge(weights) if len(weights) > 1 else (None, weights)
+            groups.append((together, *parts))
+            packed += parts
+    groups.append((None, head))
+    packed.append(head)
     sizes = [*shapes * BLOCKS, (VOCABULARY, HIDDEN)]
     dense = [torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_() for shape in sizes]
     inputs = {width: torch.randn(1, width, device="cuda").bfloat16() for width in (HIDDEN, INNER)}
 
     def ours() -> None:
+        for together, weight, *_ in groups:
+            if together is None:
+                BACKEND.linear(inputs[weight.width], weight)
+            else:
+                BACKEND.linears(inputs[weight.width], together, None)
+
+    def one_by_one() -> None:
         for each in packed:
             BACKEND.linear(inputs[each.width], each)
 
@@ -216,11 +242,13 @@ def decode() -> Iterator[dict[str, Any]]:
         for each in dense:
             functional.linear(inputs[each.shape[1]], each)
 
-    found = best({"ours": [ours], "theirs": [theirs]})
+    found = best({"ours": [ours], "theirs": [theirs], "one by one": [one_by_one]})
+    held = [weight if together is None else together for together, weight, *_ in groups]
     details = {
         "milliseconds": found["ours"] * 1e3,
+        "one_by_one_milliseconds": found["one by one"] * 1e3,
         "bf16_milliseconds": found["theirs"] * 1e3,
-        "gb": sum(each.nbytes for each in packed) / 1e9,
+        "gb": sum(each.nbytes for each in held) / 1e9,
     }
     over = found["theirs"] / found["ours"]
     yield at_least("matrices of a token of 8B: bf16 over ours", over, 2.5, "x", details)

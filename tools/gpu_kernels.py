@@ -75,6 +75,7 @@ CASES = (
     Case("int4, in order", ((A, 4),), gather=False),
     Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True),
     Case("int2, int3, int4; fp16", ((A, 2), (A, 3), (A, 4)), dtype="fp16"),
+    Case("int2, int3, int4 of many weights", ((A, 2), (A, 3), (A, 4)), more={"MANY": True}),
     Case("int1, int8", ((A, 1), (A, 8))),
     Case("int2, int4; 64 tokens", ((A, 2), (A, 4)), tokens=64),
     Case("codebook3", ((layout.TABLE, 3),), scale="none", table_by="column", converts=True),
@@ -110,6 +111,7 @@ def source(case: Case) -> ASTSource:
         "POINTS": bool(case.kinds) and case.kinds[0][0] == layout.AFFINE,
         "SCATTER": case.gather,
         "BIAS": False,
+        "MANY": False,
         "TOKENS": case.tokens,
         "PARTS": 8,
         "STAGES": 4,
@@ -227,7 +229,7 @@ def main() -> int:
             failed = failed or bool(wrong)
             verdict = "MISS" if wrong else "ok  "
             print(
-                f"{verdict} {found['case'].name:28} sm_{found['architecture']:<4}"
+                f"{verdict} {found['case'].name:33} sm_{found['architecture']:<4}"
                 f"copies of 16 bytes {found['copies']:3}, tensor {found['tensor']:3}, "
                 f"conversions {found['converted']:3}, registers {found['registers']:3}, "
                 f"shared {found['shared'] / 1024:5.1f} KiB  {'; '.join(wrong)}",

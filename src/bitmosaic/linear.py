@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitmosaic import backends, checkpoint
 from bitmosaic.backends import Backend, check_activations
 from bitmosaic.formats import UnsupportedError
+from bitmosaic.siblings import Siblings, look
 from bitmosaic.tensor import ARRAYS, FACTS, QuantizedTensor
 
 
@@ -49,6 +50,8 @@ class PackedModule(nn.Module):
     def _forget(self) -> None:
         self._prepared: tuple[Backend, Any] | None = None
         self._prepared_from: Tensor | None = None
+        self._siblings: tuple[Siblings, int] | None = None
+        self._seen = self._apart = False
 
     @property
     def packed(self) -> QuantizedTensor:
@@ -87,6 +90,7 @@ class PackedModule(nn.Module):
                 else backends.choose(tensor, name=self.name)
             )
             try:
+                self._forget()
                 self._prepared = (backend, backend.prepare(tensor))
             except UnsupportedError as error:
                 raise UnsupportedError(f"{self.name}: {error}") from None
@@ -103,7 +107,8 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is prepared belongs to this module's arrays: a copy prepares its own.
-        return {**self.__dict__, "_prepared": None, "_prepared_from": None}
+        own = {"_prepared": None, "_prepared_from": None, "_siblings": None}
+        return {**self.__dict__, **own, "_seen": False, "_apart": False}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         # The only floating array: as bytes it keeps its dtype when the model is cast.
@@ -160,6 +165,15 @@ class QuantizedLinear(PackedModule):
         self._make_ready()
         backend, prepared = self._prepared  # type: ignore[misc]
         bias = self._parameters["bias"]  # as an attribute it takes 0.4 us
+        if backend.merges:
+            if self._siblings is None:
+                look(self, x)
+            else:
+                siblings, place = self._siblings
+                result = siblings.take(place, x, bias)
+                if result is not None:
+                    return result
+            backend, prepared = self._prepared  # type: ignore[misc]  # as `look` may have left it
         return backend.linear(x, prepared, bias, activations=self.activations)
 
     def extra_repr(self) -> str:

@@ -161,6 +161,14 @@ def test_rows_outside_are_refused(name: str, index: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("width", [36, 144, 100])
+def test_inputs_of_another_width_are_refused(name: str, width: int) -> None:
+    weight = prepared(name, mixed((40, 72), (16, 24)))
+    with pytest.raises((ValueError, RuntimeError), match="72"):
+        backends.get(name).linear(gaussian(2, width), weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_code_is_noticed(name: str) -> None:
     tensor = mixed((40, 72), (16, 24))
     backend = backends.get(name)

@@ -47,9 +47,9 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_same_arrays(name: str) -> None:
     tensor = WEIGHTS[name]()
-    here = launch.Ready(tensor)
+    here = launch.ready(tensor)
     with pretended():
-        there = launch.Ready(tensor.to(DEVICE))
+        there = launch.ready(tensor.to(DEVICE))
         for each, expected in (
             *zip(there.arrays, here.arrays, strict=True),
             (there.source, here.source),

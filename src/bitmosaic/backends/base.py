@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,8 @@ class Backend(ABC):
     """Backends of higher rank are asked first; the reference has rank 0 and takes everything."""
     repacks: ClassVar[bool] = True
     """Whether what `prepare` returns has no need of the tensor's own arrays any more."""
+    merges: ClassVar[bool] = False
+    """Whether weights that read the same inputs can be laid together, see `merge`."""
 
     @abstractmethod
     def objection(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
@@ -76,6 +79,25 @@ class Backend(ABC):
         Equals `rule.quantize` bit for bit, on every backend.
         """
         return rule.quantize(x)
+
+    def form(self, prepared: Any) -> Hashable | None:
+        """Return what weights must have in common to be laid together; None for never."""
+        return None
+
+    def merge(self, prepared: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Lay weights of one form together that read the same inputs.
+
+        Returns what `linears` takes, and the weights each as before, in the memory of all.
+        """
+        raise NotImplementedError(f"{self.name} lays no weights together")
+
+    def linears(self, x: Tensor, merged: Any, bias: Tensor | None) -> Sequence[Tensor] | None:
+        """Return what `linear` does for each of the weights laid together, by one launch.
+
+        `bias` has an entry for each out_channel of all of them.  None where for inputs like these
+        one after the other is better.
+        """
+        return None
 
     @abstractmethod
     def rows(self, prepared: Any, indices: Tensor, dtype: torch.dtype) -> Tensor:

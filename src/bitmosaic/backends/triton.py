@@ -4,7 +4,8 @@ Kernels are written in Triton (`_triton/kernels.py` says what is computed, `_tri
 weight lies in memory).  Few tokens are multiplied straight from the codes; many, by a decoded copy
 that lives for one product; `_triton/choices.py` knows where one becomes the other.
 
-`torch.ops.bitmosaic.triton_linear` and `.triton_rows` are what a compiled graph holds.  They know a
+`torch.ops.bitmosaic.triton_linear`, `.triton_linears` (of weights that lie together) and
+`.triton_rows` are what a compiled graph holds.  They know a
 prepared weight by its handle, a number that is never given twice in a process.  Nothing in them
 waits for the GPU, so CUDA graphs can be captured.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -42,6 +44,7 @@ class TritonBackend(Backend):
 
     name: ClassVar[str] = "triton"
     rank: ClassVar[int] = 20
+    merges: ClassVar[bool] = True
 
     def objection(self, tensor: QuantizedTensor, device: torch.device) -> str | None:
         """Name what is missing: a GPU, a recent one, or Triton."""
@@ -69,7 +72,7 @@ class TritonBackend(Backend):
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
         from bitmosaic.backends._triton import launch
 
-        return launch.Ready(tensor)
+        return launch.ready(tensor)
 
     def linear(
         self,
@@ -95,6 +98,35 @@ class TritonBackend(Backend):
             result: Tensor = _Product.apply(x, bias, prepared)
             return result
         return _linear_op(x, bias, prepared.handle, prepared.out)
+
+    def form(self, prepared: Ready) -> Hashable | None:
+        """Return what one compiled kernel has been made for."""
+        from bitmosaic.backends._triton import merging
+
+        return merging.form(prepared.prepared)
+
+    def merge(self, prepared: Sequence[Ready]) -> tuple[Ready, Sequence[Ready]]:
+        """Lay weights together that one launch multiplies."""
+        from bitmosaic.backends._triton import launch
+
+        merged = launch.merge(prepared)
+        return merged, merged.members
+
+    def linears(self, x: Tensor, merged: Ready, bias: Tensor | None) -> Sequence[Tensor] | None:
+        """Multiply few tokens by one launch; many, and those with gradients, one by one."""
+        from bitmosaic.backends._triton import choices, launch
+
+        tokens = x.numel() // merged.width
+        if x.dtype not in launch.TYPES or tokens > choices.MOST_FROM_CODES:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        every = _linears_op(x, bias, merged.handle, merged.out)
+        outs = [each.out for each in merged.members]
+        parts = every.split([tokens * out for out in outs])
+        return [part.view(*x.shape[:-1], out) for part, out in zip(parts, outs, strict=True)]
 
     def rows(self, prepared: Ready, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Decode the rows asked for, and their panels on the way."""
@@ -127,23 +159,46 @@ class _Product(torch.autograd.Function):
 def _run_linear(x: Tensor, bias: Tensor | None, weight: int, out: int) -> Tensor:
     from bitmosaic.backends._triton import launch
 
+    ready, flat, bias = _checked(x, bias, weight, out)
+    y = x.new_empty(*x.shape[:-1], out)
+    if y.numel():
+        with launch.on(x.device):
+            if ready.rule is None:
+                launch.multiply(ready, flat, bias, y, 1.0)
+            else:
+                launch.multiply_rounded(ready, flat, bias, y)
+    return y
+
+
+def _run_linears(x: Tensor, bias: Tensor | None, weight: int, out: int) -> Tensor:
+    from bitmosaic.backends._triton import launch
+
+    ready, flat, bias = _checked(x, bias, weight, out)
+    y = x.new_empty(flat.shape[0] * out)
+    if y.numel():
+        with launch.on(x.device):
+            launch.multiply_many(ready, flat, bias, y)
+    return y
+
+
+def _checked(
+    x: Tensor, bias: Tensor | None, weight: int, out: int
+) -> tuple[Ready, Tensor, Tensor | None]:
+    """Return the weight, the tokens as a matrix, and the bias as it is read."""
+    from bitmosaic.backends._triton import launch
+
     ready = launch.held(weight)
+    if x.shape[-1] != ready.width or x.device != ready.device:
+        raise ValueError(
+            f"x must be [..., {ready.width}] on {ready.device}, not {list(x.shape)} on {x.device}. "
+            "Give what the layer was made for, where it is."
+        )
     if bias is not None and (bias.numel() != out or bias.dtype != x.dtype):
         raise ValueError(
             f"bias must be [{out}] of {x.dtype}, not {list(bias.shape)} of {bias.dtype}. "
             "Give one value for each out_channel."
         )
-    y = x.new_empty(*x.shape[:-1], out)
-    if not y.numel():
-        return y
-    flat = x.reshape(-1, ready.width)
-    bias = None if bias is None else bias.contiguous()
-    with launch.on(x.device):
-        if ready.rule is None:
-            launch.multiply(ready, flat, bias, y, 1.0)
-        else:
-            launch.multiply_rounded(ready, flat, bias, y)
-    return y
+    return ready, x.reshape(-1, ready.width), None if bias is None else bias.contiguous()
 
 
 def _run_rows(indices: Tensor, weight: int, width: int) -> Tensor:
@@ -165,18 +220,26 @@ def _fake_linear(x: Tensor, bias: Tensor | None, weight: int, out: int) -> Tenso
     return x.new_empty(*x.shape[:-1], out)
 
 
+def _fake_linears(x: Tensor, bias: Tensor | None, weight: int, out: int) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1] * out)
+
+
 def _fake_rows(indices: Tensor, weight: int, width: int) -> Tensor:
     return indices.new_empty(*indices.shape, width, dtype=torch.float32)
 
 
 _LIBRARY = torch.library.Library("bitmosaic", "FRAGMENT")
 _LIBRARY.define("triton_linear(Tensor x, Tensor? bias, SymInt weight, SymInt out) -> Tensor")
+_LIBRARY.define("triton_linears(Tensor x, Tensor? bias, SymInt weight, SymInt out) -> Tensor")
 _LIBRARY.define("triton_rows(Tensor indices, SymInt weight, SymInt width) -> Tensor")
 for _place in ("CUDA", "CPU"):
     _LIBRARY.impl("triton_linear", _run_linear, _place)
+    _LIBRARY.impl("triton_linears", _run_linears, _place)
     _LIBRARY.impl("triton_rows", _run_rows, _place)
 torch.library.register_fake("bitmosaic::triton_linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake("bitmosaic::triton_linears", _fake_linears, lib=_LIBRARY)
 torch.library.register_fake("bitmosaic::triton_rows", _fake_rows, lib=_LIBRARY)
 
 _linear_op = torch.ops.bitmosaic.triton_linear.default
+_linears_op = torch.ops.bitmosaic.triton_linears.default
 _rows_op = torch.ops.bitmosaic.triton_rows.default

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+MOST_FROM_CODES = 256
+"""Tokens up to which a weight is multiplied from its codes, if tuning found nothing else."""
 _MOST_PARTS = 32
 """Parts of a sum: each costs a write and a read of the result in float32."""
 _WAVES = 4
@@ -46,7 +48,7 @@ def choose(device: torch.device, tokens: int, panels: int, across: int) -> Choic
         if tokens <= entry["most_tokens"] and panels * across <= entry["most_cells"]:
             sizes = Choice(**entry["choice"])
             return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
-    if tokens > 256:
+    if tokens > MOST_FROM_CODES:
         return Choice(128, 1, 4, 3, dense=True)
     sizes = Choice(next((size for size in (16, 32, 64) if tokens <= size), 128), 0)
     return _split(sizes, tokens, panels, across, multiprocessors)

@@ -3,9 +3,6 @@
     y[t, n] = sum over cells of W x^T + bias      a program: 64 rows, some tokens, and a part of the
                                                   cells of its panel (split K)
 
-Where a panel is shared, each program writes its sums, and the one that comes last adds all of them
-in the order of the parts: one launch, and the same bits whoever comes last.
-
 Decoded weights stand on the left of the tensor core's product: 64 rows fill its M whatever the
 number of tokens, which becomes N.  Whole numbers, less their zero points, are exact in float16 and
 bfloat16, so a cell with one scale a row is multiplied exactly and scaled in float32 afterwards;
@@ -42,6 +39,7 @@ from bitmosaic.backends._triton.cells import (
     spread,
     wide_blocks,
 )
+from bitmosaic.backends._triton.results import deliver
 
 
 @triton.jit
@@ -93,6 +91,7 @@ def kind_product(
     TABLE_BY: tl.constexpr,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    MANY: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -101,7 +100,10 @@ def kind_product(
     first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
     cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
-    factor = tl.load(w.factors + 2 * INDEX)
+    factors = w.factors + 2 * INDEX
+    if MANY:
+        factors += 2 * COUNT * tl.load(w.members + 4 * panel)
+    factor = tl.load(factors)
     for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
         cell = first + number
         block = tl.load(w.block + cell)
@@ -116,7 +118,7 @@ def kind_product(
             codes = codes | (high << 4)
             broad = scaled(shifted(codes, E4M3, inputs.dtype), each, SCALE, E4M3, inputs.dtype)
             total += product(tl.where(wide > 0, 0.0, narrow), inputs) * factor
-            other = tl.load(w.factors + 2 * INDEX + 1)
+            other = tl.load(factors + 1)
             total += product(tl.where(wide > 0, broad, 0.0), inputs) * other
         else:
             weights = read_cell(w, cell, at, GRID, BITS, SUBS, POINTS, TABLE_BY, inputs.dtype)
@@ -145,6 +147,7 @@ def panel_product(
     TABLE_BY: tl.constexpr,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    MANY: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -172,6 +175,7 @@ def panel_product(
             TABLE_BY,
             GATHER,
             CUT,
+            MANY,
             PARTS,
             STAGES,
         )
@@ -198,62 +202,6 @@ def outlier_product(w, x, stride, panel, token, tokens, TOKENS: tl.constexpr, CH
 
 
 @triton.jit
-def finish(
-    w, total, y, bias, unit, panel, token, tokens, out, SCATTER: tl.constexpr, BIAS: tl.constexpr
-):
-    """Write sums [64, tokens] in the inputs' unit to their places in y [tokens, out]."""
-    stored = panel * ROWS + tl.arange(0, ROWS)
-    row = tl.load(w.rows + stored) if SCATTER else stored
-    known = (row >= 0) & (row < out)
-    total = total * unit
-    if BIAS:
-        total += tl.load(bias + row, mask=known, other=0.0).to(tl.float32)[:, None]
-    place = token[None, :].to(tl.int64) * out + row[:, None]
-    tl.store(
-        y + place, total.to(y.dtype.element_ty), mask=known[:, None] & (token[None, :] < tokens)
-    )
-
-
-@triton.jit
-def deliver(
-    w,
-    total,
-    y,
-    bias,
-    parts,
-    counters,
-    unit,
-    token,
-    tokens,
-    out,
-    SCATTER: tl.constexpr,
-    BIAS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Write a program's sums [64, tokens] to y; of those that share a panel the last does it.
-
-    `parts` [PARTS, tokens, panels 64] holds what each has found, `counters` [token blocks, panels]
-    how many are done, and is left as it was: 0.
-    """
-    panel, panels = tl.program_id(0), tl.num_programs(0)
-    if PARTS == 1:
-        finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
-    else:
-        width, known = (panels * ROWS).to(tl.int64), token[None, :] < tokens
-        size = width * tokens
-        place = token[None, :] * width + panel * ROWS + tl.arange(0, ROWS)[:, None]
-        tl.store(parts + tl.program_id(1) * size + place, total, mask=known)
-        tl.debug_barrier()  # all threads have written before one of them counts
-        counter = counters + tl.program_id(2) * panels + panel
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
-            total = tl.full(total.shape, 0.0, tl.float32)
-            for part in range(PARTS):  # past the first cache, which knows nothing of other programs
-                total += tl.load(parts + part * size + place, mask=known, cache_modifier=".cg")
-            tl.store(counter, 0)
-            finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS)
-
-
-@triton.jit
 def multiply(
     w,
     x,
@@ -276,6 +224,7 @@ def multiply(
     SCATTER: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
+    MANY: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -299,6 +248,7 @@ def multiply(
         TABLE_BY,
         GATHER,
         CUT,
+        MANY,
         TOKENS,
         PARTS,
         STAGES,
@@ -306,7 +256,9 @@ def multiply(
     if OUTLIERS:
         if part == 0:
             total += outlier_product(w, x, stride, panel, token, tokens, TOKENS, 64)
-    deliver(w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, PARTS)
+    deliver(
+        w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, MANY, PARTS
+    )
 
 
 @triton.jit
@@ -406,4 +358,6 @@ def multiply_whole(
             PARTS,
             STAGES,
         )
-    deliver(w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, PARTS)
+    deliver(
+        w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, False, PARTS
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule
-from bitmosaic.backends._triton import choices, decoding, kernels, rounding
+from bitmosaic.backends._triton import choices, decoding, kernels, merging, rounding
 from bitmosaic.backends._triton.choices import Choice
-from bitmosaic.backends._triton.layout import COLUMNS, ROWS
+from bitmosaic.backends._triton.layout import COLUMNS, ROWS, Prepared
 from bitmosaic.backends._triton.prepare import prepare
 from bitmosaic.bands import BandRule, levels
 from bitmosaic.tensor import QuantizedTensor, invert
@@ -28,21 +29,25 @@ DECODE_WARPS = 8
 
 
 class Ready:
-    """A prepared weight, what its kernels are compiled for, and the handle that graphs hold."""
+    """A prepared weight, what its kernels are compiled for, and the handle that graphs hold.
 
-    def __init__(self, tensor: QuantizedTensor) -> None:
-        rule, order = tensor.activations, tensor.in_permutation
-        self.order = None if rule is None or order is None else order.long()
-        if rule is not None and order is not None:  # inputs come rounded, in stored order
-            tensor = _in_stored_columns(tensor)
-        self.prepared = prepared = prepare(tensor)
+    `order` is that of the stored in_channels, where inputs are rounded in it.  `members` are the
+    weights that lie together in it, if they do.
+    """
+
+    def __init__(
+        self, prepared: Prepared, order: Tensor | None = None, members: Sequence[Ready] = ()
+    ) -> None:
+        self.prepared, self.order, self.members = prepared, order, members
         self.arrays = arrays = prepared.arrays
-        self.rule, self.out, self.width = rule, prepared.out, prepared.width
-        self.nowhere = torch.empty(0, dtype=torch.int32, device=tensor.device)
+        self.rule = rule = prepared.rule
+        self.out, self.width = prepared.out, prepared.width
+        self.device = device = arrays.words.device
+        self.nowhere = torch.empty(0, dtype=torch.int32, device=device)
         self.panels = arrays.first.shape[0]
         self.across = prepared.padded // COLUMNS
         rows = arrays.rows
-        self.places = invert(rows[rows >= 0].long()) if rows.numel() else None
+        self.places = invert(rows[rows >= 0].long()) if rows.numel() and not members else None
         self.whole = isinstance(rule, BandRule) and prepared.whole_numbers
         self.constants: dict[str, Any] = {
             "KINDS": prepared.kinds,
@@ -56,7 +61,7 @@ class Ready:
         self.source = self._source() if self.whole else self.nowhere
         self.sensitivity = self.nowhere.float()
         if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
-            self.sensitivity = rule.sensitivity.to(tensor.device, torch.float32)
+            self.sensitivity = rule.sensitivity.to(device, torch.float32)
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
         self.handle = next(_handles)
@@ -76,6 +81,21 @@ class Ready:
         if self.order is not None:
             columns = torch.where(columns >= 0, self.order[columns.clamp(min=0).long()], -1)
         return columns.to(torch.int32)
+
+
+def ready(tensor: QuantizedTensor) -> Ready:
+    """Prepare a weight."""
+    order = tensor.in_permutation
+    if tensor.activations is None or order is None:
+        return Ready(prepare(tensor))
+    return Ready(prepare(_in_stored_columns(tensor)), order.long())
+
+
+def merge(weights: Sequence[Ready]) -> Ready:
+    """Lay weights of one form together for `multiply_many`, as members."""
+    merged = merging.merge([each.prepared for each in weights])
+    members = [Ready(merging.part(merged, number)) for number in range(len(weights))]
+    return Ready(merged, members=members)
 
 
 _handles = itertools.count()
@@ -148,6 +168,19 @@ def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
+def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write the products of weights that lie together into y: [tokens, out] of each, end to end."""
+    if choices.choose(x.device, x.shape[0], ready.panels, ready.across).dense:
+        begin = 0
+        for member in ready.members:
+            end = begin + member.out
+            place = y[begin * x.shape[0] : end * x.shape[0]]
+            multiply(member, x, None if bias is None else bias[begin:end], place, 1.0)
+            begin = end
+    else:
+        multiply(ready, x, bias, y, 1.0)
+
+
 def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
     """Write x W^T unit + bias into y; many tokens are multiplied by a decoded copy."""
     tokens, bias_given = x.shape[0], bias is not None
@@ -176,6 +209,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         CUT=ready.cut,
         OUTLIERS=ready.outliers,
         BIAS=bias_given,
+        MANY=len(ready.members) > 0,
         TOKENS=choice.tokens,
         PARTS=choice.parts,
         STAGES=choice.stages,

@@ -22,6 +22,9 @@ that it decodes to: right, and large.  No method of this project makes such tile
 
 Columns stay where they are, with two exceptions.  Where tiles span all rows and are narrower than
 a cell they are sorted by format.  Where inputs are rounded in bands, bands do not share a cell.
+
+Weights that read the same inputs may lie together (`merging`): the panels of one after those of the
+other, each weight with its own place in the result.
 """
 
 from __future__ import annotations
@@ -72,6 +75,8 @@ class Arrays(NamedTuple):
         outlier_columns: in_channel.
         outlier_values: what it is more than the code says, float32.
         bands: [padded / 128] band of the inputs.
+        members: [panels, 4] of weights that lie together: a panel's weight, the number of that
+            weight's first panel's first row, its out_channels, those before it; else empty.
     """
 
     columns: Tensor
@@ -93,14 +98,15 @@ class Arrays(NamedTuple):
     outlier_columns: Tensor
     outlier_values: Tensor
     bands: Tensor
+    members: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A weight [out, width] in the layout of this module.
+    """A weight [out, width] in the layout of this module, or several that lie together.
 
     Attributes:
-        out: out_channels.
+        outs: out_channels, of each weight.
         width: in_channels.
         padded: prepared columns, a multiple of 128.
         kinds: kinds of cells, in the order of the loops.
@@ -111,7 +117,7 @@ class Prepared:
         arrays: what kernels read.
     """
 
-    out: int
+    outs: tuple[int, ...]
     width: int
     padded: int
     kinds: tuple[Kind, ...]
@@ -120,6 +126,11 @@ class Prepared:
     table_by: str
     rule: Rule | None
     arrays: Arrays
+
+    @property
+    def out(self) -> int:
+        """All out_channels."""
+        return sum(self.outs)
 
     @property
     def nbytes(self) -> int:

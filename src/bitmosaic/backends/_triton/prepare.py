@@ -81,7 +81,7 @@ class _Cells:
         words, start = self._words(codes)
         columns, rows = self._orders(original)
         return Prepared(
-            self.out,
+            (self.out,),
             self.width,
             self.order.numel(),
             self.kinds,
@@ -104,6 +104,7 @@ class _Cells:
                 *self._halves(codes),
                 *self._outliers(original),
                 self.bands,
+                columns.new_empty(0),
             ),
         )
 
