@@ -12,7 +12,7 @@ from torch import Tensor
 from bitmosaic import backends, formats
 from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import LayerAllocation
-from bitmosaic.backends._triton import choices, launch, layout
+from bitmosaic.backends._triton import choices, counters, launch, layout
 from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.bands import BandRule
 from bitmosaic.tensor import QuantizedTensor, invert
@@ -76,7 +76,7 @@ def test_tiles_of_unlike_precision(
     sizes(monkeypatch, Choice(16, parts))
     tensor = mixture(SFMP, (150, 500), (64, 128), permuted=True, outliers=0.01)
     check(tensor, tokens(19, 500, dtype=dtype), tokens(1, 150, dtype=dtype)[0])
-    assert not any(counters.any() for counters in launch._counters.values())
+    assert not any(each.any() for each in counters._streams.values())
 
 
 @pytest.mark.parametrize("dtype", TYPES)

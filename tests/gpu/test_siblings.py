@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmosaic import backends
 from bitmosaic.allocation import LayerAllocation
-from bitmosaic.backends._triton import choices, launch
+from bitmosaic.backends._triton import choices, counters, launch
 from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.linear import QuantizedLinear
 from bitmosaic.rounding import nearest
@@ -112,7 +112,7 @@ def test_however_the_work_is_shared(monkeypatch: pytest.MonkeyPatch, choice: Cho
     for result, part in zip(results, parts, strict=True):
         assert result.shape == (1, 19, part.out)
         assert torch.equal(result, BACKEND.linear(x, part))
-    assert not any(counters.any() for counters in launch._counters.values())
+    assert not any(each.any() for each in counters._streams.values())
 
 
 def test_their_arrays_are_the_memory_of_all() -> None:

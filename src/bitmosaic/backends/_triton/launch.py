@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule
-from bitmosaic.backends._triton import choices, decoding, kernels, merging, rounding
+from bitmosaic.backends._triton import choices, counters, decoding, kernels, merging, rounding
 from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.backends._triton.layout import COLUMNS, ROWS, Prepared
 from bitmosaic.backends._triton.prepare import prepare
@@ -64,6 +64,8 @@ class Ready:
             self.sensitivity = rule.sensitivity.to(device, torch.float32)
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
+        if device.type == "cuda":
+            counters.reserve(device)
         self.handle = next(_handles)
         _held[self.handle] = self
 
@@ -191,7 +193,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     if x.stride(1) != 1:
         x = x.contiguous()
     bias = y if bias is None else bias
-    parts, counters = _shared(ready, tokens, choice, x.device)
+    parts, counts = _shared(ready, tokens, choice, x.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
     kernels.multiply[grid](
         ready.arrays,
@@ -201,7 +203,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         y,
         bias,
         parts,
-        counters,
+        counts,
         unit,
         ready.width,
         ready.out,
@@ -224,7 +226,7 @@ def _multiply_whole(
     tokens = codes.shape[0]
     choice = choices.choose(codes.device, min(tokens, 256), ready.panels, ready.across)
     bias_given, bias = bias is not None, y if bias is None else bias
-    parts, counters = _shared(ready, tokens, choice, codes.device)
+    parts, counts = _shared(ready, tokens, choice, codes.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
     kernels.multiply_whole[grid](
         ready.arrays,
@@ -235,7 +237,7 @@ def _multiply_whole(
         y,
         bias,
         parts,
-        counters,
+        counts,
         ready.prepared.padded,
         ready.out,
         KINDS=ready.prepared.kinds,
@@ -256,15 +258,7 @@ def _shared(ready: Ready, tokens: int, choice: Choice, device: torch.device) -> 
     sums = torch.empty(
         choice.parts, tokens, ready.panels * ROWS, dtype=torch.float32, device=device
     )
-    needed = ready.panels * -(-tokens // choice.tokens)
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key not in _counters or _counters[key].numel() < needed:
-        _counters[key] = torch.zeros(max(needed, 1 << 14), dtype=torch.int32, device=device)
-    return sums, _counters[key]
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-"""Zeros between launches: products of one stream come one after the other, and leave them so."""
+    return sums, counters.zeros(device, ready.panels * -(-tokens // choice.tokens))
 
 
 def dense(ready: Ready, dtype: torch.dtype, *, exact: bool = True) -> Tensor:
