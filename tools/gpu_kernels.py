@@ -4,8 +4,13 @@
 
 Of each product: weights come by asynchronous copies of 16 bytes; on Hopper they are multiplied by
 wgmma, on Blackwell by tcgen05, before that by mma.sync; nothing is spilled to local memory; shared
-memory fits; and codes become numbers without a conversion instruction a weight.  The last is
-counted in PTX: a cell has 8192 weights, 64 for each of 128 threads, in each of a kind's loops.
+memory fits; codes become numbers without a conversion instruction a weight, counted in PTX (a cell
+has 8192 weights, 64 for each of 128 threads, in each of a kind's loops); and where a case says so,
+the instructions a weight of these loops, counted in the GPU's own code, are few enough.
+
+What is few enough: an H200 reads some 4.4 TB/s and issues some 3e13 instructions of a lane in a
+second.  At 70 % of that rate and with 4.5, 3.5 or 2.5 bits a weight, scales and all, it has 5.5,
+4.3 or 3.0 instructions for a weight.
 """
 
 from __future__ import annotations
@@ -27,14 +32,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitmosaic.backends._triton import decoding, kernels, layout, rounding
+from bitmosaic.backends._triton.choices import limits
 from bitmosaic.backends._triton.launch import DECODE_WARPS
 from bitmosaic.backends._triton.layout import Arrays
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
 TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-INT8_TENSOR_CORE = TENSOR_CORE | {100: r"mma\.sync"}
-"""Triton has no int8 form of tcgen05; Blackwell then uses the older instruction."""
+"""With fewer than 16 tokens, and for int8 on Blackwell, Triton uses the oldest."""
 WEIGHTS_A_THREAD = 64
 A = layout.AFFINE
 
@@ -49,6 +54,7 @@ class Case:
         tokens: tokens of a program.
         converts: whether codes may be converted one by one: look-up tables hold float32.
         kernel: the kernel's name; of others than products it is only seen that they compile.
+        most: instructions a weight that its loops may have, on Ampere and Hopper.
         more: constants that are not the usual ones.
         types: types of arrays that are not the usual ones.
     """
@@ -58,12 +64,13 @@ class Case:
     dtype: str = "bf16"
     tokens: int = 16
     sub: int = 128
-    scale: str = "float"
+    scale: str = "pair"
     table_by: str = "none"
     gather: bool = True
     outliers: bool = False
     converts: bool = False
     kernel: str = "multiply"
+    most: float | None = None
     more: dict[str, Any] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
 
@@ -71,9 +78,11 @@ class Case:
 FP4: dict[str, Any] = {"sub": 16, "scale": "e4m3", "types": {"scales": "*u8"}}
 ROWS: dict[str, Any] = {"sub": 32, "table_by": "row"}
 PICK = {"PICK": True}
+EIGHT: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2}}
+ONE: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2, "ONE": True, "tokens": 1}}
 CASES = (
-    Case("int4, in order", ((A, 4),), gather=False),
-    Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True),
+    Case("int4, in order", ((A, 4),), gather=False, most=3.8),
+    Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True, most=6.5),
     Case("int2, int3, int4; fp16", ((A, 2), (A, 3), (A, 4)), dtype="fp16"),
     Case("int2, int3, int4 of many weights", ((A, 2), (A, 3), (A, 4)), more={"MANY": True}),
     Case("int1, int8", ((A, 1), (A, 8))),
@@ -83,7 +92,10 @@ CASES = (
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
     Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
-    Case("int3, one token", ((A, 3),), more={"tokens": 1}),
+    Case("int2, int3, int4; one token", ((A, 2), (A, 3), (A, 4)), outliers=True, most=3.3, **ONE),
+    Case("int2; one token", ((A, 2),), most=3.0, **ONE),
+    Case("int4, in order; one token", ((A, 4),), gather=False, most=3.2, **ONE),
+    Case("int2, int3, int4; eight tokens", ((A, 2), (A, 3), (A, 4)), **EIGHT),
     Case("decoded", ((A, 3), (A, 8), (layout.TABLE, 4), (layout.RAW, 32)), kernel="decode", **ROWS),
     Case("rows decoded", ((layout.E2M1, layout.MIXED),), kernel="decode", more=PICK, **FP4),
     Case("outliers added", (), kernel="add_outliers"),
@@ -96,7 +108,7 @@ CASES = (
 def types(case: Case) -> Arrays:
     """Return a prepared weight with the types of its arrays in their place."""
     given: dict[str, Any] = dict.fromkeys(Arrays._fields, "*i32")
-    given |= {"scales": "*fp16", "points": "*u8", "flags": "*u8"}
+    given |= {"words": "*i16", "points": "*u8", "flags": "*u8"}
     given |= dict.fromkeys(("factors", "tables", "outlier_values"), "*fp32")
     return Arrays(**(given | case.types))
 
@@ -112,6 +124,8 @@ def source(case: Case) -> ASTSource:
         "SCATTER": case.gather,
         "BIAS": False,
         "MANY": False,
+        "ONE": False,
+        "UNROLL": 1,
         "TOKENS": case.tokens,
         "PARTS": 8,
         "STAGES": 4,
@@ -156,17 +170,19 @@ def source(case: Case) -> ASTSource:
 def compiled(task: tuple[Case, int]) -> dict[str, Any]:
     """Compile for an architecture and count."""
     case, architecture = task
-    warps = DECODE_WARPS if case.kernel == "decode" else 4
-    target = GPUTarget("cuda", architecture, 32)
-    made = triton.compile(source(case), target=target, options={"num_warps": warps})
+    options = {"num_warps": DECODE_WARPS if case.kernel == "decode" else 4}
+    if case.kernel == "multiply":
+        options |= limits(architecture // 10, case.kinds, case.tokens)
+    made = triton.compile(source(case), GPUTarget("cuda", architecture, 32), options)
     ptx = made.asm["ptx"]
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, ptx))
 
-    whole = case.kernel == "multiply_whole"
-    core = (INT8_TENSOR_CORE if whole else TENSOR_CORE)[architecture]
-    registers, spilled = assembled(ptx, architecture)
+    old = case.tokens < 16 or (case.kernel == "multiply_whole" and architecture == 100)
+    core = TENSOR_CORE[80 if old else architecture]
+    registers, spilled, code = assembled(ptx, architecture)
+    turns = sorted(loops(code))[-max(1, len(case.kinds)) :]
     return {
         "case": case,
         "architecture": architecture,
@@ -178,21 +194,38 @@ def compiled(task: tuple[Case, int]) -> dict[str, Any]:
         "spilled": spilled,
         "shared": made.metadata.shared,
         "converted": count(r"cvt\.rn[a-z.]*\.(f16|bf16)\.") + count(r"cvt\.rn\.f32\.[su]"),
+        "instructions": max(turns, default=0) / WEIGHTS_A_THREAD / case.more.get("UNROLL", 1),
     }
 
 
-def assembled(ptx: str, architecture: int) -> tuple[int, int]:
-    """Let ptxas tell the registers of a thread, and the bytes that it spills."""
+def assembled(ptx: str, architecture: int) -> tuple[int, int, str]:
+    """Return a thread's registers, the bytes that it spills, and the GPU's code."""
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "kernel.ptx"
         source.write_text(ptx)
+        binary = str(source.with_suffix(".cubin"))
         name = f"sm_{architecture}{'a' if architecture >= 90 else ''}"
         tool = knobs.nvidia.ptxas_blackwell if architecture >= 100 else knobs.nvidia.ptxas
-        command = [tool.path, "-v", f"--gpu-name={name}"]
-        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [tool.path, "-v", f"--gpu-name={name}", str(source), "-o", binary]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [knobs.nvidia.nvdisasm.path, "-c", binary]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     stores, loads = re.findall(r"(\d+) bytes spill", said)
-    return int(re.findall(r"Used (\d+) registers", said)[0]), int(stores) + int(loads)
+    return int(re.findall(r"Used (\d+) registers", said)[0]), int(stores) + int(loads), code
+
+
+def loops(code: str) -> Iterator[int]:
+    """Count the instructions of each turn of each loop: from a label to a branch back to it."""
+    labels: dict[str, int] = {}
+    number = 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = number
+        elif re.match(r"\s*/\*[0-9a-f]+\*/\s+\S", line):
+            number += 1
+            back = re.search(r"BRA.*`\((\.L\w+)\)", line)
+            if back and back[1] in labels:
+                yield number - labels[back[1]]
 
 
 def faults(found: dict[str, Any]) -> Iterator[str]:
@@ -212,6 +245,8 @@ def faults(found: dict[str, Any]) -> Iterator[str]:
         yield f"no {found['core']}"
     if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds):
         yield "codes are converted one by one"
+    if case.most and architecture < 100 and found["instructions"] > case.most:
+        yield f"more than {case.most} instructions a weight"
 
 
 def main() -> int:
@@ -231,7 +266,9 @@ def main() -> int:
             print(
                 f"{verdict} {found['case'].name:33} sm_{found['architecture']:<4}"
                 f"copies of 16 bytes {found['copies']:3}, tensor {found['tensor']:3}, "
-                f"conversions {found['converted']:3}, registers {found['registers']:3}, "
+                f"conversions {found['converted']:3}, "
+                f"instructions a weight {found['instructions']:4.1f}, "
+                f"registers {found['registers']:3}, "
                 f"shared {found['shared'] / 1024:5.1f} KiB  {'; '.join(wrong)}",
                 flush=True,
             )

@@ -1,16 +1,22 @@
 """Reading a cell inside a kernel: words, codes, numbers, scales (`layout` says how they lie).
 
+Code is chosen by the instructions that come of it: `tools/gpu_kernels.py` counts them.
+
 Everything here is the decode law, value = (grid[code] - zero_point) scale tensor_scale, up to the
 scale and exactly: whole numbers and float types of up to 8 bits are exact in all types of inputs.
 """
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton import layout
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run on the CPU, as when they were defined: instructions of GPUs are not there."""
 ROWS = tl.constexpr(layout.ROWS)
 COLUMNS = tl.constexpr(layout.COLUMNS)
 AFFINE = tl.constexpr(layout.AFFINE)
@@ -31,51 +37,147 @@ def row_words(BITS: tl.constexpr):
 
 
 @triton.jit
-def read_words(words, at, WORDS: tl.constexpr):
-    """Read words of a cell as [64, 1, WORDS].
+def masked(halves, shift, mask, bits):
+    """Return (halves >> shift) & mask | bits of int16, two of them by two instructions.
 
-    In three dimensions from the start, the compiler moves words into the tensor core's order before
-    they are unpacked; from [64, WORDS] it moves the unpacked numbers, sixteen times as many bytes.
+    The compiler would take pairs apart to shift them.  `shift` is known when it compiles, `mask`
+    takes away what comes in from the pair's other half.
     """
-    row, word = tl.arange(0, ROWS)[:, None, None], tl.arange(0, WORDS)[None, None, :]
-    return tl.load(words + at + row * WORDS + word, eviction_policy="evict_first")
+    if INTERPRETED:
+        return ((halves >> shift) & mask) | bits
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 moved, by;
+            and.b32 by, $2, 15;
+            shr.b32 moved, $1, by;
+            lop3.b32 $0, moved, $3, $4, 0xea;
+            }""",
+            "=r,r,r,r,r",
+            [halves, shift, mask, bits],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def read_threads(words, at, WORDS: tl.constexpr):
+    """Read WORDS words of each thread and row as int16 [64, 1, 8 WORDS]: (word, quarter, half).
+
+    Threads load what they multiply, 16 bytes at once: nothing moves between them.
+    """
+    SIZE: tl.constexpr = 8 if WORDS > 1 else 4
+    CHUNKS: tl.constexpr = 4 * WORDS // SIZE
+    chunk, half = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, SIZE)[None, None, :]
+    place = chunk * (128 * SIZE) + tl.arange(0, 128)[None, :, None] * SIZE + half
+    read = tl.load(words + at + place, eviction_policy="evict_first")
+    read = tl.reshape(
+        read, (CHUNKS, 4, 8, 4, SIZE // 2, 2)
+    )  # chunk, warp, row, quarter, word, half
+    read = tl.permute(read, (1, 2, 3, 0, 4, 5))
+    read = tl.reshape(read, (4, 8, 4, 2, WORDS, 2))  # warp, row, quarter, upper rows, word, half
+    return tl.reshape(tl.permute(read, (0, 3, 1, 4, 2, 5)), (ROWS, 1, 8 * WORDS))
+
+
+@triton.jit
+def read_fields(words, at, BITS: tl.constexpr, STEP: tl.constexpr, SET: tl.constexpr):
+    """Read codes where they are: int16 [64, fields, columns of a field], and the bit of each.
+
+    Up to STEP fields are taken from a word without shifting it; the bits SET are set beside them.
+    """
+    if BITS == 3:
+        # Five fields a word; what is left of three words is the sixteenth.
+        both = tl.permute(tl.reshape(read_threads(words, at, 2), (ROWS, 2, 8)), (0, 2, 1))
+        first, second = tl.split(both)
+        SHAPE: tl.constexpr = (ROWS, 16, 8)
+        first = tl.broadcast_to(first[:, None, :], SHAPE)
+        second = tl.broadcast_to(second[:, None, :], SHAPE)
+        third = tl.broadcast_to(read_threads(words, at + 1024, 1), SHAPE)
+        field = tl.broadcast_to(tl.arange(0, 16)[None, :, None], SHAPE)
+        source = tl.where(field < 5, first, second)
+        source = tl.where(field < 10, source, tl.where(field < 15, third, first))
+        last, number = field == 15, field % 5
+        bit = tl.where(last, 0, number % STEP * 3)
+        shift = tl.where(last, 15, number // STEP * STEP * 3).to(tl.int16)
+        mask = tl.where(last, 1, 7 << bit).to(tl.int16)
+        found = masked(source, shift, mask, tl.full(SHAPE, SET, tl.int16))
+        more = masked(second, tl.full(SHAPE, 14, tl.int16), tl.full(SHAPE, 2, tl.int16), found)
+        more = masked(third, tl.full(SHAPE, 13, tl.int16), tl.full(SHAPE, 4, tl.int16), more)
+        return tl.where(last, more, found), bit
+    else:
+        FORM: tl.constexpr = (ROWS, 16 // BITS, 8 * BITS)
+        source = tl.broadcast_to(read_threads(words, at, BITS), FORM)
+        number = tl.broadcast_to(tl.arange(0, 16 // BITS)[None, :, None], FORM)
+        bit = number % STEP * BITS
+        shift = (number // STEP * STEP * BITS).to(tl.int16)
+        mask = (((1 << BITS) - 1) << bit).to(tl.int16)
+        return masked(source, shift, mask, tl.full(FORM, SET, tl.int16)), bit
 
 
 @triton.jit
 def read_codes(words, at, BITS: tl.constexpr):
-    """Read the codes of the cell whose words begin at `at`: int32 [64, 128]."""
-    if BITS == 3:
-        low = read_words(words, at, 8)
-        high = tl.reshape(read_words(words, at + ROWS * 8, 4), (ROWS, 4, 1))
-        both = tl.reshape(tl.broadcast_to(high, (ROWS, 4, 2)), (ROWS, 1, 8))
-        both = both >> (16 * (tl.arange(0, 8) % 2))[None, None, :]
-        field = tl.arange(0, 16)[None, :, None]
-        codes = ((low >> 2 * field) & 3) | (((both >> field) & 1) << 2)
-        return tl.reshape(codes, (ROWS, COLUMNS))
-    elif BITS == 32:
-        return tl.reshape(read_words(words, at, 128), (ROWS, COLUMNS))
-    elif BITS == MIXED:
-        packed = tl.reshape(read_words(words, at, 16), (ROWS, 8, 1, 2))
-        codes = (packed >> 4 * tl.arange(0, 8)[None, None, :, None]) & 15
-        return tl.reshape(codes, (ROWS, COLUMNS))
+    """Read the codes of the cell that begins at the half word `at`: int32 [64, 128]."""
+    if BITS == 32:
+        place = at + tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, COLUMNS)[None, :] * 2
+        low = tl.load(words + place).to(tl.int32) & 0xFFFF
+        return low | (tl.load(words + place + 1).to(tl.int32) << 16)
+    elif BITS == 16:
+        return tl.reshape(read_threads(words, at, 16), (ROWS, COLUMNS)).to(tl.int32) & 0xFFFF
     else:
-        packed = read_words(words, at, row_words(BITS))
-        FIELDS: tl.constexpr = 32 // BITS
-        field = tl.arange(0, FIELDS)[None, :, None]
-        return tl.reshape((packed >> BITS * field) & ((1 << BITS) - 1), (ROWS, COLUMNS))
+        WIDTH: tl.constexpr = 4 if BITS == MIXED else BITS
+        return tl.reshape(read_fields(words, at, WIDTH, 1, 0)[0], (ROWS, COLUMNS)).to(tl.int32)
 
 
 @triton.jit
-def whole(codes, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Make numbers of codes below 2^BITS, exactly, and for 16-bit types without a conversion."""
-    if DTYPE == tl.float16:
-        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
-    elif DTYPE == tl.bfloat16 and BITS <= 4:
-        return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 128.0
-    elif DTYPE == tl.bfloat16:
-        return whole(codes >> 4, 4, DTYPE) * 16.0 + whole(codes & 15, 4, DTYPE)
+def whole(number):
+    """Make float32 of whole numbers below 2^23 without a conversion."""
+    return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def read_whole(
+    words,
+    at,
+    point,
+    BITS: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Read codes less their zero points [64, SUBS] as [64, 128] of DTYPE, exactly.
+
+    No code is converted: it becomes the low bits of a power of two, which is then taken away.
+    bfloat16 has room for seven bits, float16 for ten, so that several codes of a word are read
+    where they are; those that are not lowest are a power of two too large.
+    """
+    # A power and a zero point in one number: exact, as pairs have small zero points.
+    FOLD: tl.constexpr = SCALE == "pair" and SUBS == 1 and BITS < 8 and DTYPE != tl.float32
+    if DTYPE == tl.float32:
+        number = whole(read_codes(words, at, BITS))
+    elif DTYPE == tl.bfloat16 and BITS == 8:
+        SHAPE: tl.constexpr = (ROWS, 2, 64)
+        halves = tl.broadcast_to(read_threads(words, at, 8), SHAPE)
+        shift = tl.broadcast_to((8 * tl.arange(0, 2)).to(tl.int16)[None, :, None], SHAPE)
+        mask, power = tl.full(SHAPE, 15, tl.int16), tl.full(SHAPE, 0x4300, tl.int16)
+        low = masked(halves, shift, mask, power).to(tl.bfloat16, bitcast=True) - 128.0
+        high = masked(halves, shift + 4, mask, power).to(tl.bfloat16, bitcast=True) - 128.0
+        number = tl.reshape(high * 16.0 + low, (ROWS, COLUMNS))
     else:
-        return ((codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).to(DTYPE)
+        ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
+        POWER: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
+        ONE: tl.constexpr = 127 if DTYPE == tl.bfloat16 else 15
+        found, bit = read_fields(words, at, BITS, ROOM // BITS, POWER)
+        # 2^-bit, and the power as it then is, by their exponents.
+        scale = ((ONE - bit) << ROOM).to(tl.int16).to(DTYPE, bitcast=True)
+        power = ((ONE + ROOM - bit) << ROOM).to(tl.int16).to(DTYPE, bitcast=True)
+        if FOLD:
+            power += point[:, :, None]
+        number = tl.reshape(found.to(DTYPE, bitcast=True) * scale - power, (ROWS, COLUMNS))
+    if POINTS and not FOLD:
+        number -= spread(point, SUBS)
+    return number
 
 
 @triton.jit
@@ -103,23 +205,16 @@ def shifted(codes, GRID: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def numbers(
-    codes, points, tables, start, GRID: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Apply the decode law up to the scale: grid[code] - zero point, exactly.
-
-    Whole numbers and float types of up to 8 bits come in DTYPE, all else in float32.
-    """
-    if GRID == AFFINE:
-        return whole(codes, BITS, DTYPE) - points.to(DTYPE)
-    elif GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
+def looked_up(codes, tables, start, GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """Return grid[code], exactly: float types of up to 8 bits in DTYPE, all else in float32."""
+    if GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
         return shifted(codes, GRID, DTYPE)
     elif GRID == FP16:
         return codes.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif GRID == BF16:
         return (codes << 16).to(tl.float32, bitcast=True)
     elif GRID == TABLE:
-        return tl.load(tables + start + codes) - points.to(tl.float32)
+        return tl.load(tables + start + codes)
     else:
         return codes.to(tl.float32, bitcast=True)
 
@@ -147,21 +242,37 @@ def spread(each, SUBS: tl.constexpr):
 
 
 @triton.jit
-def read_scales(scales, cell, SCALE: tl.constexpr, SUBS: tl.constexpr):
-    """Read the scales of a cell: float32 [64, SUBS]."""
+def read_scales(
+    w,
+    cell,
+    SCALE: tl.constexpr,
+    SUBS: tl.constexpr,
+    POINTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Read the scales of a cell, float32 [64, SUBS], and its zero points, DTYPE [64, SUBS]."""
     row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
-    if SCALE == "none":
-        return tl.full((ROWS, SUBS), 1.0, tl.float32)
-    kept = tl.load(scales + cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group)
-    if SCALE == "e4m3":
-        return shifted(kept.to(tl.int32), E4M3, tl.float32)
-    elif SCALE == "e8m0":
-        exponent = kept.to(tl.int32)
-        # 2^-127 has exponent 0 and half as fraction.
-        bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
-        return bits.to(tl.float32, bitcast=True)
+    place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
+    if SCALE == "pair":
+        both = tl.load(w.scales + place)
+        scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        point = whole(both >> 16).to(DTYPE)
     else:
-        return kept.to(tl.float32)
+        point = tl.full((ROWS, SUBS), 0.0, tl.float32).to(DTYPE)
+        if POINTS:
+            point = tl.load(w.points + place).to(DTYPE)
+        if SCALE == "none":
+            scale = tl.full((ROWS, SUBS), 1.0, tl.float32)
+        elif SCALE == "e4m3":
+            scale = shifted(tl.load(w.scales + place).to(tl.int32), E4M3, tl.float32)
+        elif SCALE == "e8m0":
+            exponent = tl.load(w.scales + place).to(tl.int32)
+            # 2^-127 has exponent 0 and half as fraction.
+            bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
+            scale = bits.to(tl.float32, bitcast=True)
+        else:
+            scale = tl.load(w.scales + place).to(tl.float32)
+    return scale, point
 
 
 @triton.jit
@@ -169,30 +280,35 @@ def read_cell(
     w,
     cell,
     at,
+    point,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Read a cell's numbers up to scale and tensor scale: [64, 128]."""
-    row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
-    place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
-    codes = read_codes(w.words, at, BITS)
-    points = tl.full((ROWS, 1), 0.0, tl.float32)
-    if POINTS and (GRID == AFFINE or GRID == TABLE):
-        points = spread(tl.load(w.points + place), SUBS).to(tl.float32)
-    start = tl.full((1, 1), 0, tl.int32)
-    if GRID == TABLE:
-        if TABLE_BY == "cell":
-            start += tl.load(w.table + cell)
-        elif TABLE_BY == "column":
-            first = tl.load(w.block + cell) * COLUMNS
-            start = tl.load(w.table + first + tl.arange(0, COLUMNS))[None, :]
-        else:
-            start = spread(tl.load(w.table + place), SUBS)
-    return numbers(codes, points, w.tables, start, GRID, BITS, DTYPE)
+    if GRID == AFFINE:
+        return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, DTYPE)
+    else:
+        codes = read_codes(w.words, at, BITS)
+        start = tl.full((1, 1), 0, tl.int32)
+        if GRID == TABLE:
+            if TABLE_BY == "cell":
+                start += tl.load(w.table + cell)
+            elif TABLE_BY == "column":
+                first = tl.load(w.block + cell) * COLUMNS
+                start = tl.load(w.table + first + tl.arange(0, COLUMNS))[None, :]
+            else:
+                row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
+                place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
+                start = spread(tl.load(w.table + place), SUBS)
+        number = looked_up(codes, w.tables, start, GRID, DTYPE)
+        if GRID == TABLE and POINTS:
+            number -= spread(point, SUBS).to(tl.float32)
+        return number
 
 
 @triton.jit

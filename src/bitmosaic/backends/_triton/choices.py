@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
 import torch
+
+from bitmosaic.backends._triton.layout import AFFINE, Kind
 
 MOST_FROM_CODES = 256
 """Tokens up to which a weight is multiplied from its codes, if tuning found nothing else."""
@@ -23,10 +26,11 @@ class Choice:
     """Sizes of a product's kernel.
 
     Attributes:
-        tokens: tokens of a program, 16 to 128.
+        tokens: tokens of a program, 8 to 128.
         parts: programs that share a panel's cells.
         warps: warps of a program.
         stages: cells that are on their way while one is multiplied.
+        unroll: cells of a turn of the loop.
         dense: decode the weight, and leave the product to torch.
     """
 
@@ -34,6 +38,7 @@ class Choice:
     parts: int
     warps: int = 4
     stages: int = 4
+    unroll: int = 1
     dense: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -50,8 +55,15 @@ def choose(device: torch.device, tokens: int, panels: int, across: int) -> Choic
             return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
     if tokens > MOST_FROM_CODES:
         return Choice(128, 1, 4, 3, dense=True)
-    sizes = Choice(next((size for size in (16, 32, 64) if tokens <= size), 128), 0)
+    size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    sizes = Choice(size, 0, unroll=2 if size == 8 else 1)
     return _split(sizes, tokens, panels, across, multiprocessors)
+
+
+def limits(capability: int, kinds: Sequence[Kind], tokens: int) -> dict[str, int]:
+    """Return what the compiler is told besides: for Blackwell it would rather spill a little."""
+    plain = tokens <= 16 and all(grid == AFFINE for grid, _ in kinds)
+    return {"maxnreg": 96} if capability >= 10 and plain else {}
 
 
 def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors: int) -> Choice:
@@ -60,7 +72,7 @@ def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors
     parts = 1
     while parts < min(_MOST_PARTS, across // 2) and programs * parts < _WAVES * multiprocessors:
         parts *= 2
-    return Choice(sizes.tokens, parts, sizes.warps, sizes.stages, sizes.dense)
+    return replace(sizes, parts=parts)
 
 
 @functools.cache

@@ -50,8 +50,9 @@ def kind_decode(
     factor = tl.load(w.factors + 2 * INDEX)
     for number in range(cells * part // PARTS, cells * (part + 1) // PARTS):
         cell = first + number
-        at = (start + number * WORDS) * ROWS
-        scale = spread(read_scales(w.scales, cell, SCALE, SUBS), SUBS)
+        at = (start + number * WORDS) * (2 * ROWS)
+        scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, tl.float32)
+        scale = spread(scale, SUBS)
         if BITS == MIXED:
             codes = read_codes(w.words, at, BITS)
             wide, high = wide_blocks(w, cell) > 0, high_halves(w, cell)
@@ -59,7 +60,9 @@ def kind_decode(
             value = tl.where(wide, broad, shifted(codes, E2M1, tl.float32)) * scale
             value *= tl.where(wide, tl.load(w.factors + 2 * INDEX + 1), factor)
         else:
-            value = read_cell(w, cell, at, GRID, BITS, SUBS, POINTS, TABLE_BY, tl.float32)
+            value = read_cell(
+                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, tl.float32
+            )
             value = value * scale * factor
         column = tl.load(w.block + cell) * COLUMNS + tl.arange(0, COLUMNS)
         if GATHER:

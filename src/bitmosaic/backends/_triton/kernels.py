@@ -50,18 +50,37 @@ def plus(a, b):
 
 @triton.jit
 def read_inputs(
-    x, stride, columns, block, token, tokens, width, GATHER: tl.constexpr, CUT: tl.constexpr
+    x,
+    stride,
+    columns,
+    block,
+    token,
+    tokens,
+    width,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    ONE: tl.constexpr,
 ):
-    """Read what a cell multiplies: x^T, [128, tokens]."""
+    """Read what a cell multiplies: x^T, [128, tokens]; of ONE token as many copies."""
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    known = token[None, :] < tokens
     if GATHER:
         column = tl.load(columns + column)
-        known = known & (column >= 0)[:, None]
-    elif CUT:
-        known = known & (column < width)[:, None]
-    place = token[None, :].to(tl.int64) * stride + column[:, None]
-    return tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
+        inside = column >= 0
+    else:
+        inside = column < width
+    if ONE:
+        KNOWN: tl.constexpr = GATHER or CUT
+        mask = inside if KNOWN else None
+        values = tl.load(
+            x + column, mask=mask, other=0.0 if KNOWN else None, eviction_policy="evict_last"
+        )
+        return tl.broadcast_to(values[:, None], (COLUMNS, token.shape[0]))
+    else:
+        known = token[None, :] < tokens
+        if GATHER or CUT:
+            known = known & inside[:, None]
+        place = token[None, :].to(tl.int64) * stride + column[:, None]
+        return tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -92,8 +111,10 @@ def kind_product(
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
     MANY: tl.constexpr,
+    ONE: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Add the product of one part of a panel's cells of one kind to the sums [64, tokens]."""
     WORDS: tl.constexpr = row_words(BITS)
@@ -104,12 +125,17 @@ def kind_product(
     if MANY:
         factors += 2 * COUNT * tl.load(w.members + 4 * panel)
     factor = tl.load(factors)
-    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+    for number in tl.range(
+        cells * part // PARTS,
+        cells * (part + 1) // PARTS,
+        num_stages=STAGES,
+        loop_unroll_factor=UNROLL,
+    ):
         cell = first + number
         block = tl.load(w.block + cell)
-        inputs = read_inputs(x, stride, w.columns, block, token, tokens, width, GATHER, CUT)
-        at = (start + number * WORDS) * ROWS
-        scale = read_scales(w.scales, cell, SCALE, SUBS)
+        inputs = read_inputs(x, stride, w.columns, block, token, tokens, width, GATHER, CUT, ONE)
+        at = (start + number * WORDS) * (2 * ROWS)
+        scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
             codes = read_codes(w.words, at, BITS)
             wide, high = wide_blocks(w, cell), high_halves(w, cell)
@@ -121,7 +147,9 @@ def kind_product(
             other = tl.load(factors + 1)
             total += product(tl.where(wide > 0, broad, 0.0), inputs) * other
         else:
-            weights = read_cell(w, cell, at, GRID, BITS, SUBS, POINTS, TABLE_BY, inputs.dtype)
+            weights = read_cell(
+                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
+            )
             if SUBS == 1:
                 total += product(weights, inputs) * (scale * factor)
             else:
@@ -148,9 +176,11 @@ def panel_product(
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
     MANY: tl.constexpr,
+    ONE: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Multiply one part of the cells of a panel: float32 [64, tokens]."""
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
@@ -176,19 +206,34 @@ def panel_product(
             GATHER,
             CUT,
             MANY,
+            ONE,
             PARTS,
             STAGES,
+            UNROLL,
         )
     return total
 
 
 @triton.jit
-def outlier_product(w, x, stride, panel, token, tokens, TOKENS: tl.constexpr, CHUNK: tl.constexpr):
-    """Multiply the outliers of a panel, as cells of which each column has one entry."""
+def outlier_product(
+    w,
+    x,
+    stride,
+    panel,
+    part,
+    token,
+    tokens,
+    TOKENS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Multiply one part of the outliers of a panel, as cells with one entry in each column."""
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-    last = tl.load(w.outlier_first + panel + 1)
+    begin = tl.load(w.outlier_first + panel)
+    count = tl.load(w.outlier_first + panel + 1) - begin
+    last = begin + count * (part + 1) // PARTS
     row = tl.arange(0, ROWS)[:, None]
-    for first in range(tl.load(w.outlier_first + panel), last, CHUNK):
+    for first in range(begin + count * part // PARTS, last, CHUNK):
         each = first + tl.arange(0, CHUNK)
         here = each < last
         column = tl.load(w.outlier_columns + each, mask=here, other=0)
@@ -225,9 +270,11 @@ def multiply(
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
     MANY: tl.constexpr,
+    ONE: tl.constexpr,
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Compute y [tokens, out] = x W^T unit + bias."""
     panel, part = tl.program_id(0), tl.program_id(1)
@@ -249,13 +296,14 @@ def multiply(
         GATHER,
         CUT,
         MANY,
+        ONE,
         TOKENS,
         PARTS,
         STAGES,
+        UNROLL,
     )
     if OUTLIERS:
-        if part == 0:
-            total += outlier_product(w, x, stride, panel, token, tokens, TOKENS, 64)
+        total += outlier_product(w, x, stride, panel, part, token, tokens, TOKENS, PARTS, 64)
     deliver(
         w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, MANY, PARTS
     )
@@ -279,6 +327,7 @@ def kind_whole(
     POINTS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Add the product of whole numbers and int8 inputs to the sums [64, tokens].
 
@@ -287,12 +336,17 @@ def kind_whole(
     """
     WORDS: tl.constexpr = row_words(BITS)
     LOST: tl.constexpr = 128 if BITS == 8 else 0
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS)
     first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
     cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
     factor = tl.load(w.factors + 2 * INDEX)
-    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+    for number in tl.range(
+        cells * part // PARTS,
+        cells * (part + 1) // PARTS,
+        num_stages=STAGES,
+        loop_unroll_factor=UNROLL,
+    ):
         cell = first + number
         block = tl.load(w.block + cell)
         known = token[None, :] < tokens
@@ -300,14 +354,12 @@ def kind_whole(
         inputs = tl.load(x + place, mask=known, other=0, eviction_policy="evict_last")
         band = tl.load(w.bands + block)
         inputs_scale = tl.load(scales + token * bands + band, mask=token < tokens, other=0.0)
-        codes = read_codes(w.words, (start + number * WORDS) * ROWS, BITS)
+        scale, point = read_scales(w, cell, "pair", 1, True, tl.float32)
+        codes = read_codes(w.words, (start + number * WORDS) * (2 * ROWS), BITS)
         exact = tl.dot((codes - LOST).to(tl.int8), inputs, out_dtype=tl.int32)
-        rest = tl.full((ROWS,), LOST, tl.int32)
-        if POINTS:
-            rest -= tl.load(w.points + cell.to(tl.int64) * ROWS + row).to(tl.int32)
-        exact += rest[:, None] * tl.reduce(inputs.to(tl.int32), 0, plus)[None, :]
-        scale = tl.load(w.scales + cell.to(tl.int64) * ROWS + row).to(tl.float32) * factor
-        total += exact.to(tl.float32) * scale[:, None] * inputs_scale[None, :]
+        rest = LOST - point.to(tl.int32)
+        exact += rest * tl.reduce(inputs.to(tl.int32), 0, plus)[None, :]
+        total += exact.to(tl.float32) * (scale * factor) * inputs_scale[None, :]
     return total
 
 
@@ -331,6 +383,7 @@ def multiply_whole(
     TOKENS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Multiply int8 inputs [tokens, padded], in prepared order, on int8 tensor cores.
 
@@ -357,6 +410,7 @@ def multiply_whole(
             POINTS,
             PARTS,
             STAGES,
+            UNROLL,
         )
     deliver(
         w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, False, PARTS

@@ -53,7 +53,7 @@ class Ready:
             "KINDS": prepared.kinds,
             "SUBS": COLUMNS // prepared.sub,
             "SCALE": prepared.scale_type,
-            "POINTS": arrays.points.numel() > 0,
+            "POINTS": prepared.scale_type == "pair" or arrays.points.numel() > 0,
             "TABLE_BY": prepared.table_by,
             "GATHER": arrays.columns.numel() > 0,
             "SCATTER": rows.numel() > 0,
@@ -62,6 +62,9 @@ class Ready:
         self.sensitivity = self.nowhere.float()
         if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
             self.sensitivity = rule.sensitivity.to(device, torch.float32)
+        self.capability = (
+            torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        )
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
         if device.type == "cuda":
@@ -212,10 +215,13 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         OUTLIERS=ready.outliers,
         BIAS=bias_given,
         MANY=len(ready.members) > 0,
+        ONE=tokens == 1,
         TOKENS=choice.tokens,
         PARTS=choice.parts,
         STAGES=choice.stages,
+        UNROLL=choice.unroll,
         num_warps=choice.warps,
+        **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )
 
 
@@ -247,6 +253,7 @@ def _multiply_whole(
         TOKENS=choice.tokens,
         PARTS=choice.parts,
         STAGES=choice.stages,
+        UNROLL=choice.unroll,
         num_warps=choice.warps,
     )
 

@@ -9,12 +9,19 @@ that a kernel is one loop for each kind that the weight has, without branches:
     scales    [64, sub-groups] of each cell, at the cell's number
     block     which 128 columns a cell multiplies, at the cell's number
 
-Codes of b bits take 4 b words in a row of a cell.  Field j of word w is column w + words j: a
-thread unpacks what it has loaded, and a reshape puts it in order.  Three bits are two and one; a
-word of ones serves two words of twos (bit 16 p + j of word v is column 8 j + 2 v + p).  Blocks of
-16 columns that are E2M1 in one row and E4M3 in the next keep the low four bits of every code in the
-cell (field j of word w of block b is column 16 b + 2 j + w) and the high four bits of E4M3 blocks
-one behind the other in `high`, so that they take the file's size.
+Codes of b bits take 4 b words in a row of a cell, which lie as threads hold them: what a thread has
+loaded, 16 bytes at once, is what it multiplies.  Of the 128 threads of a program, thread (w, l, c)
+of 4 x 8 x 4 has rows 16 w + l and 16 w + l + 8 and of each the columns 2 (c + 4 q) + h, q < 16 and
+h < 2: b words t, whose lower and upper halves h have 16 / b codes each, code j for q = t + b j at
+bit b j.  Its 2 b words, row by row, are cut into chunks of four; a chunk of all threads comes
+before the next chunk of all.
+
+Three bits: five codes in each half of three words t, for q = 5 t + j, and bit t of the code of
+q = 15 as the uppermost bit of the half.  Words 0 and 1 of all threads come before words 2.
+
+Blocks of 16 columns that are E2M1 in one row and E4M3 in the next keep the low four bits of every
+code in the cell as codes of four bits, and the high four bits of E4M3 blocks one behind the other
+in `high` (field j of word w of a block is column 2 j + w), so that they take the file's size.
 
 5 to 7 bits are kept as 8.  Affine grids of unlike widths within a cell are kept at the largest, on
 which their values do not depend.  Any other mixture within a cell is kept as the float32 numbers
@@ -61,9 +68,9 @@ class Arrays(NamedTuple):
         first: [panels, kinds + 1] number of the first cell of each kind.
         start: [panels, kinds] 64ths of its first word's number.
         block: [cells] which 128 columns.
-        words: codes.
+        words: codes, as halves of words, int16.
         scales: [cells, 64, 128 / sub].
-        points: [cells, 64, 128 / sub] zero points; empty for all 0.
+        points: [cells, 64, 128 / sub] zero points; empty for all 0 and where scales have them.
         factors: [kinds, 2] tensor scales; of a mixed kind E2M1's and E4M3's.
         tables: values of grids, float32; those of index 0 to 255 are 0.
         table: where the table starts: [cells], [padded] or [cells, 64, 128 / sub].
@@ -111,7 +118,9 @@ class Prepared:
         padded: prepared columns, a multiple of 128.
         kinds: kinds of cells, in the order of the loops.
         sub: columns that share a scale, at most 128.
-        scale_type: "none", "float" (the array's own type), "e4m3" or "e8m0" (as bytes).
+        scale_type: "none", "pair" (int32: a float16 and, above it, a zero point that is whole, and
+            below 128 where codes have up to four bits), "float" (the array's own type), "e4m3" or
+            "e8m0" (as bytes).
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.
@@ -150,8 +159,8 @@ class Prepared:
     @property
     def whole_numbers(self) -> bool:
         """Whether all cells hold whole numbers, with one scale a row."""
-        integer = not self.arrays.points.is_floating_point()
-        return self.sub == COLUMNS and integer and all(grid == AFFINE for grid, _ in self.kinds)
+        pairs = self.sub == COLUMNS and self.scale_type == "pair"
+        return pairs and all(grid == AFFINE for grid, _ in self.kinds)
 
 
 def row_words(kind: Kind) -> int:
@@ -159,20 +168,33 @@ def row_words(kind: Kind) -> int:
     return 16 if kind[1] == MIXED else COLUMNS * kind[1] // 32
 
 
-def pack(codes: Int[Tensor, "cells 64 128"], kind: Kind) -> Int[Tensor, "cells words"]:
-    """Pack the codes of cells of one kind into words, as this module's docstring says."""
-    if kind[1] == MIXED:
-        return fields_of(codes.unflatten(2, (-1, BLOCK)), 4, 2).flatten(1)
-    if kind[1] != 3:
-        return fields_of(codes, kind[1], row_words(kind)).flatten(1)
-    low, bit = fields_of(codes & 3, 2, 8), (codes >> 2).long()
-    # [16 j, 4 v, 2 p] of columns 8 j + 2 v + p.
-    bit = bit.unflatten(2, (16, 4, 2))
-    shifts = torch.arange(16, device=codes.device).view(16, 1, 1) + 16 * torch.arange(
-        2, device=codes.device
-    )
-    high = (bit << shifts).sum((2, 4)).to(torch.int32)
-    return torch.cat([low.flatten(1), high.flatten(1)], dim=1)
+def pack(codes: Int[Tensor, "cells 64 128"], kind: Kind) -> Int[Tensor, "cells halves"]:
+    """Pack the codes of cells of one kind into halves of words, as this module's docstring says."""
+    bits = 4 if kind[1] == MIXED else kind[1]
+    # [cells, w, upper rows, l, q, c, h]
+    codes = codes.to(torch.int32).view(-1, 4, 2, 8, 16, 4, 2)
+    if bits == 3:
+        words, left = codes[:, :, :, :, :15].unflatten(4, (3, 5)), codes[:, :, :, :, 15]
+        halves = torch.stack(
+            [
+                sum(words[:, :, :, :, t, j] << 3 * j for j in range(5)) | ((left >> t & 1) << 15)
+                for t in range(3)
+            ],
+            dim=4,
+        )
+        parts = [halves[:, :, :, :, :2], halves[:, :, :, :, 2:]]
+    else:
+        fields = codes.unflatten(4, (16 // bits, bits))
+        shifts = bits * torch.arange(16 // bits, device=codes.device).view(-1, 1, 1, 1)
+        parts = [(fields << shifts).sum(4, dtype=torch.int32)]
+    return torch.cat([_chunks(part.to(torch.int16)) for part in parts], dim=1)
+
+
+def _chunks(halves: Tensor) -> Tensor:
+    """Put halves [cells, w, upper rows, l, t, c, h] into the order of threads."""
+    threads = halves.permute(0, 1, 3, 5, 2, 4, 6).reshape(halves.shape[0], 128, -1)
+    size = min(8, threads.shape[2])
+    return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
 
 
 def fields_of(codes: Tensor, bits: int, words: int) -> Tensor:

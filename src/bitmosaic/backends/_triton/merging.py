@@ -18,7 +18,7 @@ from bitmosaic.backends._triton.layout import COLUMNS, ROWS, Arrays, Kind, Prepa
 
 _COUNTED: dict[str, Callable[[Arrays], int]] = {
     "first": lambda arrays: arrays.block.numel(),
-    "start": lambda arrays: arrays.words.numel() // ROWS,
+    "start": lambda arrays: arrays.words.numel() // (2 * ROWS),
     "block": lambda arrays: arrays.columns.numel() // COLUMNS,
     "table": lambda arrays: arrays.tables.numel(),
     "high_first": lambda arrays: arrays.high.numel() // 2,

@@ -75,7 +75,7 @@ class _Cells:
         factors, folded = self._factors()
         table_by, tables, table = self._tables()
         sub = self._sub(folded, table_by)
-        scale_type, scales = self._scales(folded, sub)
+        scale_type, scales, points = self._paired(*self._scales(folded, sub), self._points(sub))
         if table_by == "row":
             table = self._cells(table, sub)
         words, start = self._words(codes)
@@ -97,7 +97,7 @@ class _Cells:
                 self.block.to(torch.int32),
                 words,
                 scales,
-                self._points(sub),
+                points,
                 factors,
                 tables,
                 table.to(torch.int32),
@@ -270,6 +270,20 @@ class _Cells:
         exact = not folded and scaled <= {"fp16", "e4m3"}
         return "float", kept.to(torch.float16) if exact else kept
 
+    def _paired(
+        self, scale_type: str, scales: Tensor, points: Tensor
+    ) -> tuple[str, Tensor, Tensor]:
+        """Put float16 scales and whole zero points together, where they allow it."""
+        if scale_type != "float" or scales.dtype != torch.float16 or points.is_floating_point():
+            return scale_type, scales, points
+        narrow = torch.tensor([bits <= 4 for _, bits in self.kinds], device=self.device)[self.kind]
+        if points.numel() and bool((points[narrow] > 127).any()):
+            return scale_type, scales, points
+        both = scales.view(torch.int16).to(torch.int32) & 0xFFFF
+        if points.numel():
+            both |= points.to(torch.int32) << 16
+        return "pair", both, points[:0]
+
     def _is_raw(self) -> Tensor:
         raw = torch.tensor(
             [grid == RAW for grid, _ in self.kinds], dtype=torch.bool, device=self.device
@@ -289,7 +303,7 @@ class _Cells:
 
         kept = self._cells(self._spread(point), sub)
         kept[self._is_raw()] = 0.0
-        whole = bool((kept == kept.round()).all()) and bool((kept <= 255).all())
+        whole = bool((kept == kept.round()).all()) and bool(((kept >= 0) & (kept <= 255)).all())
         return kept.to(torch.uint8 if whole else torch.float16)
 
     def _tables(self) -> tuple[str, Tensor, Tensor]:
@@ -336,7 +350,7 @@ class _Cells:
         sizes = torch.tensor([ROWS * row_words(kind) for kind in self.kinds], device=self.device)
         ends = sizes[self.kind].cumsum(0)
         total = int(ends[-1]) if ends.numel() else 0
-        words = torch.zeros(total, dtype=torch.int32, device=self.device)
+        words = torch.zeros(2 * total, dtype=torch.int16, device=self.device)
         begins = ends - sizes[self.kind]
         for number, kind in enumerate(self.kinds):
             here = torch.nonzero(self.kind == number).flatten()
@@ -347,7 +361,7 @@ class _Cells:
                 else:
                     cells = self._cut(codes)[self.panel[part], :, self.block[part]]
                     packed = pack(cells & 15 if kind[1] == MIXED else cells, kind)
-                places = begins[part][:, None] + torch.arange(size, device=self.device)
+                places = 2 * begins[part][:, None] + torch.arange(2 * size, device=self.device)
                 words[places.flatten()] = packed.flatten()
         ends = torch.cat([ends.new_zeros(1), ends])
         return words, (ends[self._first()[:, :-1].long()] // ROWS).to(torch.int32)
@@ -357,7 +371,7 @@ class _Cells:
         return (
             self._cut(values)[self.panel[cells], :, self.block[cells]]
             .contiguous()
-            .view(torch.int32)
+            .view(torch.int16)
         )
 
     def _halves(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
