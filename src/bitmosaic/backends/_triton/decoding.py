@@ -30,6 +30,7 @@ def kind_decode(
     panel,
     part,
     width,
+    base,
     out,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
@@ -67,6 +68,8 @@ def kind_decode(
         column = tl.load(w.block + cell) * COLUMNS + tl.arange(0, COLUMNS)
         if GATHER:
             column = tl.load(w.columns + column)
+        else:
+            column -= base
         here = (row >= 0)[:, None] & ((column >= 0) & (column < width))[None, :]
         place = row[:, None].to(tl.int64) * width + column[None, :]
         tl.store(y + place, value.to(y.dtype.element_ty), mask=here)
@@ -78,6 +81,7 @@ def decode(
     picked,
     y,
     width,
+    base,
     out,
     KINDS: tl.constexpr,
     SUBS: tl.constexpr,
@@ -91,7 +95,8 @@ def decode(
 ):
     """Write decoded weights, without outliers, into y, whose entries are zero.
 
-    y is [out, in] in original order; with PICK row n is the stored row `picked[n]`.
+    y is [out, in] in original order, without GATHER in prepared order; with PICK row n is the
+    stored row `picked[n]`.
     """
     if PICK:
         chosen = tl.load(picked + tl.program_id(0))
@@ -110,6 +115,7 @@ def decode(
             panel,
             tl.program_id(1),
             width,
+            base,
             out,
             KINDS[index][0],
             KINDS[index][1],

@@ -57,6 +57,7 @@ def read_inputs(
     token,
     tokens,
     width,
+    base,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
     ONE: tl.constexpr,
@@ -67,6 +68,7 @@ def read_inputs(
         column = tl.load(columns + column)
         inside = column >= 0
     else:
+        column -= base
         inside = column < width
     if ONE:
         KNOWN: tl.constexpr = GATHER or CUT
@@ -81,6 +83,17 @@ def read_inputs(
             known = known & inside[:, None]
         place = token[None, :].to(tl.int64) * stride + column[:, None]
         return tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def put_in_order(x, stride, columns, y, padded, SIZE: tl.constexpr):
+    """Write inputs to y [tokens, padded] in prepared order."""
+    place = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    here = place < padded
+    column = tl.load(columns + place, mask=here, other=-1)
+    token = tl.program_id(0).to(tl.int64)
+    values = tl.load(x + token * stride + column, mask=column >= 0, other=0.0)
+    tl.store(y + token * padded + place, values, mask=here)
 
 
 @triton.jit
@@ -100,6 +113,7 @@ def kind_product(
     token,
     tokens,
     width,
+    base,
     GRID: tl.constexpr,
     BITS: tl.constexpr,
     INDEX: tl.constexpr,
@@ -133,7 +147,9 @@ def kind_product(
     ):
         cell = first + number
         block = tl.load(w.block + cell)
-        inputs = read_inputs(x, stride, w.columns, block, token, tokens, width, GATHER, CUT, ONE)
+        inputs = read_inputs(
+            x, stride, w.columns, block, token, tokens, width, base, GATHER, CUT, ONE
+        )
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
@@ -168,6 +184,7 @@ def panel_product(
     token,
     tokens,
     width,
+    base,
     KINDS: tl.constexpr,
     SUBS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -195,6 +212,7 @@ def panel_product(
             token,
             tokens,
             width,
+            base,
             KINDS[index][0],
             KINDS[index][1],
             index,
@@ -251,6 +269,8 @@ def multiply(
     w,
     x,
     stride,
+    given,
+    given_stride,
     tokens,
     y,
     bias,
@@ -258,6 +278,7 @@ def multiply(
     counters,
     unit,
     width,
+    base,
     out,
     KINDS: tl.constexpr,
     SUBS: tl.constexpr,
@@ -276,7 +297,10 @@ def multiply(
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Compute y [tokens, out] = x W^T unit + bias."""
+    """Compute y [tokens, out] = x W^T unit + bias.
+
+    x may be in prepared order, its columns counted from `base`; outliers multiply it as `given`.
+    """
     panel, part = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     total = panel_product(
@@ -288,6 +312,7 @@ def multiply(
         token,
         tokens,
         width,
+        base,
         KINDS,
         SUBS,
         SCALE,
@@ -303,7 +328,9 @@ def multiply(
         UNROLL,
     )
     if OUTLIERS:
-        total += outlier_product(w, x, stride, panel, part, token, tokens, TOKENS, PARTS, 64)
+        total += outlier_product(
+            w, given, given_stride, panel, part, token, tokens, TOKENS, PARTS, 64
+        )
     deliver(
         w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, MANY, PARTS
     )

@@ -22,6 +22,9 @@ from bitmosaic.tensor import QuantizedTensor, invert
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of inputs and results of the kernels."""
+_MOST_GATHERED = 8
+"""Tokens of a program that reads inputs out of order: for more, they are put in order first."""
+_GATHERED_AT_ONCE = 1024
 _DENSE_PARTS = 8
 """Programs that decode a panel."""
 DECODE_WARPS = 8
@@ -55,9 +58,12 @@ class Ready:
             "SCALE": prepared.scale_type,
             "POINTS": prepared.scale_type == "pair" or arrays.points.numel() > 0,
             "TABLE_BY": prepared.table_by,
-            "GATHER": arrays.columns.numel() > 0,
             "SCATTER": rows.numel() > 0,
         }
+        self.columns = arrays.columns
+        if not members:  # its own, of those that lie together
+            self.columns = self.columns[prepared.base : prepared.base + prepared.padded]
+        self.ordered = self.columns.numel() > 0
         self.source = self._source() if self.whole else self.nowhere
         self.sensitivity = self.nowhere.float()
         if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
@@ -67,6 +73,9 @@ class Ready:
         )
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
+        self.stored = arrays
+        if self.outliers and self.ordered and not members:
+            self.stored = arrays._replace(outlier_columns=self._outliers_in_order())
         if device.type == "cuda":
             counters.reserve(device)
         self.handle = next(_handles)
@@ -76,6 +85,16 @@ class Ready:
     def nbytes(self) -> int:
         """Bytes of memory that the prepared weight holds."""
         return self.prepared.nbytes
+
+    def _outliers_in_order(self) -> Tensor:
+        """Name the prepared column of each outlier."""
+        places = torch.zeros(self.width, dtype=torch.int32, device=self.device)
+        known = torch.nonzero(self.columns >= 0).flatten()
+        places[self.columns[known].long()] = known.to(torch.int32)
+        first, outliers = self.arrays.outlier_first, self.arrays.outlier_columns.clone()
+        own = slice(int(first[0]), int(first[-1]))
+        outliers[own] = places[outliers[own].long()]
+        return outliers
 
     def _source(self) -> Tensor:
         """Name the in_channel of each prepared column, -1 for none."""
@@ -99,7 +118,7 @@ def ready(tensor: QuantizedTensor) -> Ready:
 def merge(weights: Sequence[Ready]) -> Ready:
     """Lay weights of one form together for `multiply_many`, as members."""
     merged = merging.merge([each.prepared for each in weights])
-    members = [Ready(merging.part(merged, number)) for number in range(len(weights))]
+    members = [Ready(part) for part in merging.parts(merged, [each.prepared for each in weights])]
     return Ready(merged, members=members)
 
 
@@ -191,10 +210,15 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     tokens, bias_given = x.shape[0], bias is not None
     choice = choices.choose(x.device, tokens, ready.panels, ready.across)
     if choice.dense and x.dtype == y.dtype and unit == 1.0:
-        y.copy_(functional.linear(x, dense(ready, x.dtype, exact=False), bias).view(y.shape))
+        weight = decode(ready, None, x.dtype, stored=True)
+        y.copy_(functional.linear(in_order(ready, x), weight, bias).view(y.shape))
         return
     if x.stride(1) != 1:
         x = x.contiguous()
+    given, width, gather = x, ready.width, ready.ordered
+    if gather and choice.tokens > _MOST_GATHERED:
+        x, gather = in_order(ready, x), False
+        width = x.shape[1]
     bias = y if bias is None else bias
     parts, counts = _shared(ready, tokens, choice, x.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
@@ -202,16 +226,20 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         ready.arrays,
         x,
         x.stride(0),
+        given,
+        given.stride(0),
         tokens,
         y,
         bias,
         parts,
         counts,
         unit,
-        ready.width,
+        width,
+        ready.prepared.base,
         ready.out,
         **ready.constants,
-        CUT=ready.cut,
+        GATHER=gather,
+        CUT=ready.cut and not ready.ordered,
         OUTLIERS=ready.outliers,
         BIAS=bias_given,
         MANY=len(ready.members) > 0,
@@ -223,6 +251,18 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         num_warps=choice.warps,
         **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )
+
+
+def in_order(ready: Ready, x: Tensor) -> Tensor:
+    """Return inputs in prepared order, zeros where there is none: of one weight, or of all."""
+    if not ready.ordered:
+        return x
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(x.shape[0], ready.columns.numel(), dtype=x.dtype, device=x.device)
+    grid = (x.shape[0], -(-y.shape[1] // _GATHERED_AT_ONCE))
+    kernels.put_in_order[grid](x, x.stride(0), ready.columns, y, y.shape[1], SIZE=_GATHERED_AT_ONCE)
+    return y
 
 
 def _multiply_whole(
@@ -268,43 +308,50 @@ def _shared(ready: Ready, tokens: int, choice: Choice, device: torch.device) -> 
     return sums, counters.zeros(device, ready.panels * -(-tokens // choice.tokens))
 
 
-def dense(ready: Ready, dtype: torch.dtype, *, exact: bool = True) -> Tensor:
-    """Decode the whole weight [out, in]; equals `QuantizedTensor.dequantize(dtype)` where exact.
-
-    Else outliers are added in dtype, to a number that was rounded to it.
-    """
-    if dtype not in TYPES or (exact and ready.outliers):
+def dense(ready: Ready, dtype: torch.dtype) -> Tensor:
+    """Decode the whole weight [out, in]; equals `QuantizedTensor.dequantize(dtype)`."""
+    if dtype not in TYPES or ready.outliers:
         return decode(ready, None, torch.float32).to(dtype)
     return decode(ready, None, dtype)
 
 
-def decode(ready: Ready, picked: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Decode the whole weight, or the stored rows `picked` (int32), in dtype."""
+def decode(
+    ready: Ready, picked: Tensor | None, dtype: torch.dtype, *, stored: bool = False
+) -> Tensor:
+    """Decode the whole weight, or the stored rows `picked` (int32), in dtype.
+
+    `stored`: columns in prepared order, [out, padded] where that is not the original one.  Outliers
+    are added in dtype, to a number that was rounded to it.
+    """
     count = ready.out if picked is None else picked.numel()
-    device = ready.arrays.words.device
-    y = torch.zeros(count, ready.width, dtype=dtype, device=device)
+    stored = stored and ready.ordered
+    width = ready.columns.numel() if stored else ready.width
+    arrays = ready.stored if stored else ready.arrays
+    y = torch.zeros(count, width, dtype=dtype, device=ready.device)
     if not count:
         return y
     programs = ready.panels if picked is None else count
-    rows = ready.arrays.first if picked is None else picked
-    with on(device):
+    rows = arrays.first if picked is None else picked
+    with on(ready.device):
         decoding.decode[programs, _DENSE_PARTS](
-            ready.arrays,
+            arrays,
             rows,
             y,
-            ready.width,
+            width,
+            ready.prepared.base,
             ready.out,
             **ready.constants,
+            GATHER=ready.ordered and not stored,
             PICK=picked is not None,
             PARTS=_DENSE_PARTS,
             num_warps=DECODE_WARPS,
         )
         if ready.outliers:
             decoding.add_outliers[programs,](
-                ready.arrays,
+                arrays,
                 rows,
                 y,
-                ready.width,
+                width,
                 SCATTER=ready.constants["SCATTER"],
                 PICK=picked is not None,
                 CHUNK=128,

@@ -124,6 +124,7 @@ class Prepared:
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.
+        base: its first column among all prepared ones, where it lies together with others.
     """
 
     outs: tuple[int, ...]
@@ -135,6 +136,7 @@ class Prepared:
     table_by: str
     rule: Rule | None
     arrays: Arrays
+    base: int = 0
 
     @property
     def out(self) -> int:

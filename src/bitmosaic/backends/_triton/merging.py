@@ -85,27 +85,27 @@ def merge(weights: Sequence[Prepared]) -> Prepared:
     )
 
 
-def part(merged: Prepared, number: int) -> Prepared:
-    """Return one of the weights that lie together, in the memory of all of them.
+def parts(merged: Prepared, weights: Sequence[Prepared]) -> list[Prepared]:
+    """Return each of the weights that lie together, in the memory of all of them.
 
     Cells and blocks keep the numbers that they have among all.
     """
     arrays, count = merged.arrays, len(merged.kinds)
-    panels = [-(-out // ROWS) for out in merged.outs]
-    begin = sum(panels[:number])
-    end = begin + panels[number]
-    return replace(
-        merged,
-        outs=(merged.outs[number],),
-        arrays=arrays._replace(
+    found, begin, base = [], 0, 0
+    for number, weight in enumerate(weights):
+        end = begin + weight.arrays.first.shape[0]
+        own = arrays._replace(
             rows=arrays.rows[begin * ROWS : end * ROWS],
             first=arrays.first[begin:end],
             start=arrays.start[begin:end],
             factors=arrays.factors[number * count : (number + 1) * count],
             outlier_first=arrays.outlier_first[begin : end + 1],
             members=arrays.members[:0],
-        ),
-    )
+        )
+        found.append(replace(weight, kinds=merged.kinds, arrays=own, base=base))
+        begin = end
+        base += weight.padded if arrays.columns.numel() else 0
+    return found
 
 
 def _of_kinds(weight: Prepared, kinds: tuple[Kind, ...]) -> tuple[Tensor, Tensor, Tensor]:
