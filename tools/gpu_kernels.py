@@ -75,11 +75,12 @@ class Case:
     types: dict[str, str] = field(default_factory=dict)
 
 
-FP4: dict[str, Any] = {"sub": 16, "scale": "e4m3", "types": {"scales": "*u8"}}
+FP4: dict[str, Any] = {"sub": 16, "scale": "e4m3"}
 ROWS: dict[str, Any] = {"sub": 32, "table_by": "row"}
 PICK = {"PICK": True}
 EIGHT: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2}}
 ONE: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2, "ONE": True, "tokens": 1}}
+ONE_BY_ONE: dict[str, Any] = {"tokens": 8, "more": {"ONE": True, "tokens": 1}}
 CASES = (
     Case("int4, in order", ((A, 4),), gather=False, most=3.8),
     Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True, most=4.0),
@@ -89,6 +90,22 @@ CASES = (
     Case("int2, int4; 64 tokens", ((A, 2), (A, 4)), tokens=64, most=6.0),
     Case("codebook3", ((layout.TABLE, 3),), scale="none", table_by="column", converts=True),
     Case("nvfp4", ((layout.E2M1, 4),), **FP4),
+    Case("nvfp4; one token", ((layout.E2M1, 4),), most=5.9, **FP4, **ONE),
+    Case("fp8; one token", ((layout.E4M3, 8),), scale="none", most=4.2, **ONE),
+    Case(
+        "codebook3; one token",
+        ((layout.TABLE, 3),),
+        scale="none",
+        table_by="column",
+        converts=True,
+        **ONE_BY_ONE,
+    ),
+    Case(
+        "nvfp4 and fp8 blocks; one token",
+        ((layout.E2M1, layout.MIXED),),
+        **FP4,
+        **ONE_BY_ONE,
+    ),
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
     Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),

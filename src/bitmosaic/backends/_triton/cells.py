@@ -62,6 +62,29 @@ def masked(halves, shift, mask, bits):
 
 
 @triton.jit
+def placed(halves, right, left, mask):
+    """Return (halves >> right << left) & mask of int16, as `masked` does."""
+    if INTERPRETED:
+        return ((halves >> right) << left) & mask
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 moved, by;
+            and.b32 by, $2, 15;
+            shr.b32 moved, $1, by;
+            and.b32 by, $3, 15;
+            shl.b32 moved, moved, by;
+            and.b32 $0, moved, $4;
+            }""",
+            "=r,r,r,r,r",
+            [halves, right, left, mask],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def read_threads(words, at, WORDS: tl.constexpr):
     """Read WORDS words of each thread and row as int16 [64, 1, 8 WORDS]: (word, quarter, half).
 
@@ -181,6 +204,38 @@ def read_whole(
 
 
 @triton.jit
+def moved(halves, by, mask):
+    """Move bits to the left, or to the right where `by` is negative, and keep those of the mask."""
+    right, left = tl.where(by < 0, -by, 0).to(tl.int16), tl.where(by > 0, by, 0).to(tl.int16)
+    return placed(halves, right, left, tl.full(halves.shape, mask, tl.int16))
+
+
+@triton.jit
+def read_floats(words, at, GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """Read codes of sign, exponent and fraction as a 16-bit type [64, 128], as `shifted` does."""
+    BITS: tl.constexpr = 4 if GRID == E2M1 else 8
+    FRACTION: tl.constexpr = 3 if GRID == E4M3 else (2 if GRID == E5M2 else 1)
+    ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
+    SHAPE: tl.constexpr = (ROWS, 16 // BITS, 8 * BITS)
+    halves = tl.broadcast_to(read_threads(words, at, BITS), SHAPE)
+    first = BITS * tl.broadcast_to(tl.arange(0, 16 // BITS)[None, :, None], SHAPE)
+    UP: tl.constexpr = ROOM - FRACTION
+    bits = moved(halves, UP - first, ((1 << (BITS - 1)) - 1) << UP)
+    bits |= moved(halves, 16 - BITS - first, -32768)
+    power = tl.full((1, 1, 1), raising(GRID, DTYPE), tl.float32).to(DTYPE)
+    return tl.reshape(bits.to(DTYPE, bitcast=True) * power, (ROWS, COLUMNS))
+
+
+@triton.jit
+def raising(GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the power of two by which a float type's codes are too small in a wider type."""
+    if DTYPE == tl.bfloat16:
+        return 2.0**112 if GRID == E5M2 else (2.0**120 if GRID == E4M3 else 2.0**126)
+    else:
+        return 1.0 if GRID == E5M2 else (256.0 if GRID == E4M3 else 16384.0)
+
+
+@triton.jit
 def shifted(codes, GRID: tl.constexpr, DTYPE: tl.constexpr):
     """Read codes of sign, exponent and fraction as a wider type, then set the exponent right.
 
@@ -193,15 +248,13 @@ def shifted(codes, GRID: tl.constexpr, DTYPE: tl.constexpr):
     sign = (codes & SIGN) << (16 - BITS)
     if DTYPE == tl.bfloat16:
         bits = ((codes & (SIGN - 1)) << (7 - FRACTION)) | sign
-        power = 2.0**112 if GRID == E5M2 else (2.0**120 if GRID == E4M3 else 2.0**126)
     else:
         bits = ((codes & (SIGN - 1)) << (10 - FRACTION)) | sign
-        power = 1.0 if GRID == E5M2 else (256.0 if GRID == E4M3 else 16384.0)
     if DTYPE == tl.bfloat16:
         wide = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         wide = bits.to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE)
-    return wide * tl.full((1, 1), power, tl.float32).to(DTYPE)
+    return wide * tl.full((1, 1), raising(GRID, DTYPE), tl.float32).to(DTYPE)
 
 
 @triton.jit
@@ -225,9 +278,9 @@ def scaled(weights, scale, SCALE: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.co
     if SCALE == "none":
         return weights
     elif SCALE == "e4m3" and (GRID == E2M1 or GRID == E4M3):
-        return weights * scale.to(DTYPE)  # at most eight significant bits
+        return weights * scale  # at most eight significant bits
     else:
-        return weights.to(tl.float32) * scale
+        return weights.to(tl.float32) * scale.to(tl.float32)
 
 
 @triton.jit
@@ -242,6 +295,21 @@ def spread(each, SUBS: tl.constexpr):
 
 
 @triton.jit
+def read_bytes(scales, cell, SUBS: tl.constexpr):
+    """Read the bytes of a cell's groups, int32 [64, SUBS]; four at a time are copied ahead."""
+    row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
+    if SUBS < 4:
+        place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
+        return tl.load(scales + place).to(tl.int32)
+    else:
+        WORDS: tl.constexpr = SUBS // 4
+        word = row[:, :, None] * WORDS + tl.arange(0, WORDS)[None, :, None]
+        four = tl.load(scales + cell.to(tl.int64) * (ROWS * WORDS) + word)
+        four = tl.broadcast_to(four, (ROWS, WORDS, 4)) >> 8 * tl.arange(0, 4)[None, None, :]
+        return tl.reshape(four & 255, (ROWS, SUBS))
+
+
+@triton.jit
 def read_scales(
     w,
     cell,
@@ -250,7 +318,10 @@ def read_scales(
     POINTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Read the scales of a cell, float32 [64, SUBS], and its zero points, DTYPE [64, SUBS]."""
+    """Read the scales of a cell [64, SUBS], and its zero points, DTYPE [64, SUBS].
+
+    Scales are float32, but of type E4M3 they are DTYPE, which holds them.
+    """
     row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
     place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
     if SCALE == "pair":
@@ -264,9 +335,9 @@ def read_scales(
         if SCALE == "none":
             scale = tl.full((ROWS, SUBS), 1.0, tl.float32)
         elif SCALE == "e4m3":
-            scale = shifted(tl.load(w.scales + place).to(tl.int32), E4M3, tl.float32)
+            scale = shifted(read_bytes(w.scales, cell, SUBS), E4M3, DTYPE)
         elif SCALE == "e8m0":
-            exponent = tl.load(w.scales + place).to(tl.int32)
+            exponent = read_bytes(w.scales, cell, SUBS)
             # 2^-127 has exponent 0 and half as fraction.
             bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
             scale = bits.to(tl.float32, bitcast=True)
@@ -292,6 +363,8 @@ def read_cell(
     """Read a cell's numbers up to scale and tensor scale: [64, 128]."""
     if GRID == AFFINE:
         return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, DTYPE)
+    elif (GRID == E2M1 or GRID == E4M3 or GRID == E5M2) and DTYPE != tl.float32:
+        return read_floats(w.words, at, GRID, DTYPE)
     else:
         codes = read_codes(w.words, at, BITS)
         start = tl.full((1, 1), 0, tl.int32)

@@ -53,7 +53,7 @@ def kind_decode(
         cell = first + number
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, tl.float32)
-        scale = spread(scale, SUBS)
+        scale = spread(scale.to(tl.float32), SUBS)
         if BITS == MIXED:
             codes = read_codes(w.words, at, BITS)
             wide, high = wide_blocks(w, cell) > 0, high_halves(w, cell)

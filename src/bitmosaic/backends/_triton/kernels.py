@@ -153,11 +153,13 @@ def kind_product(
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
-            codes = read_codes(w.words, at, BITS)
             wide, high = wide_blocks(w, cell), high_halves(w, cell)
             each = spread(scale, SUBS)
-            narrow = scaled(shifted(codes, E2M1, inputs.dtype), each, SCALE, E2M1, inputs.dtype)
-            codes = codes | (high << 4)
+            narrow = read_cell(
+                w, cell, at, point, E2M1, 4, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
+            )
+            narrow = scaled(narrow, each, SCALE, E2M1, inputs.dtype)
+            codes = read_codes(w.words, at, BITS) | (high << 4)
             broad = scaled(shifted(codes, E4M3, inputs.dtype), each, SCALE, E4M3, inputs.dtype)
             total += product(tl.where(wide > 0, 0.0, narrow), inputs) * factor
             other = tl.load(factors + 1)
@@ -167,7 +169,7 @@ def kind_product(
                 w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
             )
             if SUBS == 1:
-                total += product(weights, inputs) * (scale * factor)
+                total += product(weights, inputs) * (scale.to(tl.float32) * factor)
             else:
                 each = scaled(weights, spread(scale, SUBS), SCALE, GRID, inputs.dtype)
                 total += product(each, inputs) * factor

@@ -15,7 +15,7 @@ from torch.nn import functional
 from bitmosaic.activations import HIGH, LOW, ActivationRule
 from bitmosaic.backends._triton import choices, counters, decoding, kernels, merging, rounding
 from bitmosaic.backends._triton.choices import Choice
-from bitmosaic.backends._triton.layout import COLUMNS, ROWS, Prepared
+from bitmosaic.backends._triton.layout import COLUMNS, FP16, ROWS, Prepared
 from bitmosaic.backends._triton.prepare import prepare
 from bitmosaic.bands import BandRule, levels
 from bitmosaic.tensor import QuantizedTensor, invert
@@ -71,6 +71,8 @@ class Ready:
         self.capability = (
             torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         )
+        # Cells that look up, or that mix, need the registers for themselves.
+        self.simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
         self.stored = arrays
@@ -247,7 +249,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         TOKENS=choice.tokens,
         PARTS=choice.parts,
         STAGES=choice.stages,
-        UNROLL=choice.unroll,
+        UNROLL=choice.unroll if ready.simple else 1,
         num_warps=choice.warps,
         **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )

@@ -120,7 +120,7 @@ class Prepared:
         sub: columns that share a scale, at most 128.
         scale_type: "none", "pair" (int32: a float16 and, above it, a zero point that is whole, and
             below 128 where codes have up to four bits), "float" (the array's own type), "e4m3" or
-            "e8m0" (as bytes).
+            "e8m0" (as bytes, four of them as int32 where sub is at most 32).
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.

@@ -264,9 +264,9 @@ class _Cells:
         kept[self._is_raw()] = 1.0
         if not folded and scaled == {"e8m0"}:
             stored = kept.clamp(min=2.0**-127).to(torch.float8_e8m0fnu)
-            return "e8m0", stored.view(torch.uint8)
+            return "e8m0", _fours(stored.view(torch.uint8))
         if not folded and scaled == {"e4m3"}:
-            return "e4m3", kept.to(torch.float8_e4m3fn).view(torch.uint8)
+            return "e4m3", _fours(kept.to(torch.float8_e4m3fn).view(torch.uint8))
         exact = not folded and scaled <= {"fp16", "e4m3"}
         return "float", kept.to(torch.float16) if exact else kept
 
@@ -428,3 +428,8 @@ class _Cells:
             columns[sort].to(torch.int32),
             more[sort],
         )
+
+
+def _fours(scales: Tensor) -> Tensor:
+    """View bytes [cells, 64, groups] as words, where there are four groups or more."""
+    return scales.contiguous().view(torch.int32) if scales.shape[2] >= 4 else scales
