@@ -126,7 +126,7 @@ CASES = (
 def types(case: Case) -> Arrays:
     """Return a prepared weight with the types of its arrays in their place."""
     given: dict[str, Any] = dict.fromkeys(Arrays._fields, "*i32")
-    given |= {"words": "*i16", "points": "*u8", "flags": "*u8"}
+    given |= {"words": "*i16", "high": "*i16", "points": "*i16", "flags": "*i16"}
     given |= dict.fromkeys(("factors", "tables", "outlier_values"), "*fp32")
     return Arrays(**(given | case.types))
 

@@ -205,14 +205,19 @@ def read_whole(
 
 @triton.jit
 def moved(halves, by, mask):
-    """Move bits to the left, or to the right where `by` is negative, and keep those of the mask."""
+    """Move bits left, or right where `by` is negative, and keep those of `mask`."""
     right, left = tl.where(by < 0, -by, 0).to(tl.int16), tl.where(by > 0, by, 0).to(tl.int16)
     return placed(halves, right, left, tl.full(halves.shape, mask, tl.int16))
 
 
 @triton.jit
-def read_floats(words, at, GRID: tl.constexpr, DTYPE: tl.constexpr):
-    """Read codes of sign, exponent and fraction as a 16-bit type [64, 128], as `shifted` does."""
+def read_floats(
+    words, at, GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Read codes of sign, exponent and fraction as a 16-bit type [64, 128], as `shifted` does.
+
+    They are too small by `left_to_factor`.
+    """
     BITS: tl.constexpr = 4 if GRID == E2M1 else 8
     FRACTION: tl.constexpr = 3 if GRID == E4M3 else (2 if GRID == E5M2 else 1)
     ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
@@ -222,8 +227,7 @@ def read_floats(words, at, GRID: tl.constexpr, DTYPE: tl.constexpr):
     UP: tl.constexpr = ROOM - FRACTION
     bits = moved(halves, UP - first, ((1 << (BITS - 1)) - 1) << UP)
     bits |= moved(halves, 16 - BITS - first, -32768)
-    power = tl.full((1, 1, 1), raising(GRID, DTYPE), tl.float32).to(DTYPE)
-    return tl.reshape(bits.to(DTYPE, bitcast=True) * power, (ROWS, COLUMNS))
+    return raised(tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS)), GRID, SUBS, SCALE)
 
 
 @triton.jit
@@ -233,6 +237,34 @@ def raising(GRID: tl.constexpr, DTYPE: tl.constexpr):
         return 2.0**112 if GRID == E5M2 else (2.0**120 if GRID == E4M3 else 2.0**126)
     else:
         return 1.0 if GRID == E5M2 else (256.0 if GRID == E4M3 else 16384.0)
+
+
+@triton.jit
+def shares_power(GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """Tell whether scales and tensor scales together raise the codes of a float type.
+
+    E4M3 scales times 2^112 fit bfloat16; what is left of the power, the sums get in float32.
+    """
+    small = GRID == E2M1 or GRID == E4M3 or GRID == E5M2
+    return small and SUBS > 1 and SCALE == "e4m3" and DTYPE == tl.bfloat16
+
+
+@triton.jit
+def left_to_factor(
+    GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Return the power of two by which the product of a cell's numbers and scales is too small."""
+    return raising(GRID, DTYPE) / 2.0**112 if shares_power(GRID, SUBS, SCALE, DTYPE) else 1.0
+
+
+@triton.jit
+def raised(number, GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr):
+    """Give codes their size, if scales do not."""
+    DTYPE: tl.constexpr = number.dtype
+    if shares_power(GRID, SUBS, SCALE, DTYPE):
+        return number
+    else:
+        return number * tl.full((1, 1), raising(GRID, DTYPE), tl.float32).to(DTYPE)
 
 
 @triton.jit
@@ -273,14 +305,23 @@ def looked_up(codes, tables, start, GRID: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def scaled(weights, scale, SCALE: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.constexpr):
+def scaled(
+    weights,
+    scale,
+    GRID: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """Scale numbers whose scale changes within a cell; what is not exact in DTYPE, in float32."""
     if SCALE == "none":
         return weights
+    elif shares_power(GRID, SUBS, SCALE, DTYPE):
+        return weights * spread(scale * tl.full((1, 1), 2.0**112, tl.float32).to(DTYPE), SUBS)
     elif SCALE == "e4m3" and (GRID == E2M1 or GRID == E4M3):
-        return weights * scale  # at most eight significant bits
+        return weights * spread(scale, SUBS)  # at most eight significant bits
     else:
-        return weights.to(tl.float32) * scale.to(tl.float32)
+        return weights.to(tl.float32) * spread(scale.to(tl.float32), SUBS)
 
 
 @triton.jit
@@ -360,11 +401,11 @@ def read_cell(
     TABLE_BY: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Read a cell's numbers up to scale and tensor scale: [64, 128]."""
+    """Read a cell's numbers up to scale, tensor scale and `left_to_factor`: [64, 128]."""
     if GRID == AFFINE:
         return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, DTYPE)
     elif (GRID == E2M1 or GRID == E4M3 or GRID == E5M2) and DTYPE != tl.float32:
-        return read_floats(w.words, at, GRID, DTYPE)
+        return read_floats(w.words, at, GRID, SUBS, SCALE, DTYPE)
     else:
         codes = read_codes(w.words, at, BITS)
         start = tl.full((1, 1), 0, tl.int32)
@@ -385,26 +426,75 @@ def read_cell(
 
 
 @triton.jit
-def wide_blocks(w, cell):
-    """Tell which columns of a mixed cell are E4M3: [64, 128], as zeros and ones."""
-    flags = tl.load(w.flags + cell.to(tl.int64) * ROWS + tl.arange(0, ROWS)).to(tl.int32)
-    wide = (flags[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    return tl.reshape(tl.broadcast_to(wide[:, :, None], (ROWS, 8, 16)), (ROWS, COLUMNS))
+def read_high(w, cell):
+    """Read the high four bits of a mixed cell's E4M3 blocks.
 
-
-@triton.jit
-def high_halves(w, cell):
-    """Read the high four bits of the E4M3 blocks of a mixed cell: int32 [64, 128], 0 elsewhere."""
-    row = cell.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    flags = tl.load(w.flags + row).to(tl.int32)[:, None]
-    block = tl.arange(0, 8)[None, :]
+    Returns int32 [64, 8, 4]: four nibbles, of the columns 8 q + 2 quarter + h of a block, at bit
+    8 q + 4 h; and whether a block is E4M3, [64, 8, 4].  Each thread loads what it multiplies.
+    """
+    thread = tl.arange(0, 128)[None, None, :]
+    row = thread // 32 * 16 + thread // 4 % 8 + 8 * tl.arange(0, 2)[:, None, None]
+    place = cell.to(tl.int64) * ROWS + row
+    flags = tl.load(w.flags + place).to(tl.int32)
+    block = tl.arange(0, 8)[None, :, None]
     before = flags & ((1 << block) - 1)
     before = (before & 0x55) + ((before >> 1) & 0x55)
     before = (before & 0x33) + ((before >> 2) & 0x33)
     before = (before & 0x0F) + (before >> 4)
-    number = tl.load(w.high_first + row)[:, None] + before
-    place = number[:, :, None].to(tl.int64) * 2 + tl.arange(0, 2)[None, None, :]
-    wide = ((flags >> block) & 1)[:, :, None] > 0
-    halves = tl.load(w.high + place, mask=wide, other=0)
-    nibble = 4 * tl.arange(0, 8)[None, None, :, None]
-    return tl.reshape((halves[:, :, None, :] >> nibble) & 15, (ROWS, COLUMNS))
+    number = tl.load(w.high_first + place) + before
+    wide = (flags >> block) & 1
+    found = tl.load(w.high + number.to(tl.int64) * 4 + thread % 4, mask=wide > 0, other=0)
+    return of_rows(found.to(tl.int32) & 0xFFFF), of_rows(wide)
+
+
+@triton.jit
+def of_rows(each):
+    """Reorder [upper rows, blocks, threads] to [64, 8, 4]."""
+    each = tl.reshape(each, (2, 8, 4, 8, 4))
+    return tl.reshape(tl.permute(each, (2, 0, 3, 1, 4)), (ROWS, 8, 4))
+
+
+@triton.jit
+def read_bytes_of_blocks(w, cell, at):
+    """Read the codes of a mixed cell, int32 [64, 128], and which are E4M3."""
+    high, wide = read_high(w, cell)
+    shift = 8 * tl.arange(0, 2)[:, None, None] + 4 * tl.arange(0, 2)[None, None, :]
+    high = tl.broadcast_to(high[:, :, None, :, None], (ROWS, 8, 2, 4, 2))
+    high = tl.reshape((high >> shift[None, None]) & 15, (ROWS, COLUMNS))
+    wide = tl.broadcast_to(wide[:, :, None, :, None], (ROWS, 8, 2, 4, 2))
+    wide = tl.reshape(wide, (ROWS, COLUMNS))
+    return read_codes(w.words, at, MIXED) | (high << 4), wide > 0
+
+
+@triton.jit
+def read_blocks(w, cell, at, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """Read a mixed cell in a 16-bit type: its E2M1 numbers and its E4M3 numbers, 0 elsewhere.
+
+    They are too small by `left_to_factor`.
+    """
+    ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
+    SHAPE: tl.constexpr = (ROWS, 8, 2, 4, 2)  # block, q, quarter, half
+    high, wide = read_high(w, cell)
+    both = (high[:, :, None, :, None] >> 4 * tl.arange(0, 2)[None, None, None, None, :]).to(
+        tl.int16
+    )
+    both = tl.broadcast_to(both, SHAPE)
+    q = tl.arange(0, 2)[None, None, :, None, None]
+    block = tl.arange(0, 8)[None, :, None, None, None]
+    first = tl.broadcast_to(4 * (block // 2), SHAPE)
+    second = tl.broadcast_to(8 * q, SHAPE)
+    low = tl.broadcast_to(read_threads(w.words, at, 4), (ROWS, 4, 32))
+    low = tl.reshape(low, SHAPE)
+    here = tl.broadcast_to((0 - wide).to(tl.int16)[:, :, None, :, None], SHAPE)
+    every = tl.full(SHAPE, -1, tl.int16)
+    zero = tl.full(SHAPE, 0, tl.int16)
+    NARROW: tl.constexpr = ROOM - 1
+    narrow = moved(low, NARROW - first, 7 << NARROW) | moved(low, 12 - first, -32768)
+    narrow = placed(narrow, zero, zero, here ^ every)
+    WIDE: tl.constexpr = ROOM - 3
+    broad = moved(low, WIDE - first, 15 << WIDE) | moved(both, 12 - second, -32768)
+    broad |= moved(both, WIDE + 4 - second, 7 << (WIDE + 4))
+    broad = placed(broad, zero, zero, here)
+    narrow = tl.reshape(narrow.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
+    broad = tl.reshape(broad.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
+    return raised(narrow, E2M1, SUBS, SCALE), raised(broad, E4M3, SUBS, SCALE)

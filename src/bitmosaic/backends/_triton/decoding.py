@@ -11,14 +11,12 @@ from bitmosaic.backends._triton.cells import (
     E4M3,
     MIXED,
     ROWS,
-    high_halves,
+    read_bytes_of_blocks,
     read_cell,
-    read_codes,
     read_scales,
     row_words,
     shifted,
     spread,
-    wide_blocks,
 )
 
 
@@ -55,10 +53,9 @@ def kind_decode(
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, tl.float32)
         scale = spread(scale.to(tl.float32), SUBS)
         if BITS == MIXED:
-            codes = read_codes(w.words, at, BITS)
-            wide, high = wide_blocks(w, cell) > 0, high_halves(w, cell)
-            broad = shifted(codes | (high << 4), E4M3, tl.float32)
-            value = tl.where(wide, broad, shifted(codes, E2M1, tl.float32)) * scale
+            codes, wide = read_bytes_of_blocks(w, cell, at)
+            narrow = shifted(codes & 15, E2M1, tl.float32)
+            value = tl.where(wide, shifted(codes, E4M3, tl.float32), narrow) * scale
             value *= tl.where(wide, tl.load(w.factors + 2 * INDEX + 1), factor)
         else:
             value = read_cell(

@@ -29,15 +29,15 @@ from bitmosaic.backends._triton.cells import (
     E4M3,
     MIXED,
     ROWS,
-    high_halves,
+    left_to_factor,
+    read_blocks,
+    read_bytes_of_blocks,
     read_cell,
     read_codes,
     read_scales,
     row_words,
     scaled,
     shifted,
-    spread,
-    wide_blocks,
 )
 from bitmosaic.backends._triton.results import deliver
 
@@ -153,17 +153,18 @@ def kind_product(
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
-            wide, high = wide_blocks(w, cell), high_halves(w, cell)
-            each = spread(scale, SUBS)
-            narrow = read_cell(
-                w, cell, at, point, E2M1, 4, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
-            )
-            narrow = scaled(narrow, each, SCALE, E2M1, inputs.dtype)
-            codes = read_codes(w.words, at, BITS) | (high << 4)
-            broad = scaled(shifted(codes, E4M3, inputs.dtype), each, SCALE, E4M3, inputs.dtype)
-            total += product(tl.where(wide > 0, 0.0, narrow), inputs) * factor
-            other = tl.load(factors + 1)
-            total += product(tl.where(wide > 0, broad, 0.0), inputs) * other
+            if inputs.dtype == tl.float32:
+                codes, wide = read_bytes_of_blocks(w, cell, at)
+                narrow = tl.where(wide, 0.0, shifted(codes & 15, E2M1, tl.float32))
+                broad = tl.where(wide, shifted(codes, E4M3, tl.float32), 0.0)
+            else:
+                narrow, broad = read_blocks(w, cell, at, SUBS, SCALE, inputs.dtype)
+            narrow = scaled(narrow, scale, E2M1, SUBS, SCALE, inputs.dtype)
+            broad = scaled(broad, scale, E4M3, SUBS, SCALE, inputs.dtype)
+            LEFT: tl.constexpr = left_to_factor(E2M1, SUBS, SCALE, inputs.dtype)
+            OTHER: tl.constexpr = left_to_factor(E4M3, SUBS, SCALE, inputs.dtype)
+            total += product(narrow, inputs) * (factor * LEFT)
+            total += product(broad, inputs) * (tl.load(factors + 1) * OTHER)
         else:
             weights = read_cell(
                 w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
@@ -171,8 +172,9 @@ def kind_product(
             if SUBS == 1:
                 total += product(weights, inputs) * (scale.to(tl.float32) * factor)
             else:
-                each = scaled(weights, spread(scale, SUBS), SCALE, GRID, inputs.dtype)
-                total += product(each, inputs) * factor
+                POWER: tl.constexpr = left_to_factor(GRID, SUBS, SCALE, inputs.dtype)
+                each = scaled(weights, scale, GRID, SUBS, SCALE, inputs.dtype)
+                total += product(each, inputs) * (factor * POWER)
     return total
 
 

@@ -21,7 +21,10 @@ q = 15 as the uppermost bit of the half.  Words 0 and 1 of all threads come befo
 
 Blocks of 16 columns that are E2M1 in one row and E4M3 in the next keep the low four bits of every
 code in the cell as codes of four bits, and the high four bits of E4M3 blocks one behind the other
-in `high` (field j of word w of a block is column 2 j + w), so that they take the file's size.
+in `high`, so that they take the file's size.
+
+Nothing is read as single bytes: where Triton finds a load of 8 bits, it lets threads hold four
+neighbouring columns, and numbers would have to move.
 
 5 to 7 bits are kept as 8.  Affine grids of unlike widths within a cell are kept at the largest, on
 which their values do not depend.  Any other mixture within a cell is kept as the float32 numbers
@@ -75,7 +78,8 @@ class Arrays(NamedTuple):
         tables: values of grids, float32; those of index 0 to 255 are 0.
         table: where the table starts: [cells], [padded] or [cells, 64, 128 / sub].
         flags: [cells, 64] of a mixed kind: bit b says that block b is E4M3.
-        high: the high halves of these blocks, two words each.
+        high: the high halves of these blocks, four int16 each: number c has column 8 q + 2 c + h at
+            bit 8 q + 4 h.
         high_first: [cells, 64] number of a row's first such block.
         outlier_first: [panels + 1] of the outliers, which are in order of rows; empty for none.
         outlier_rows: stored row within the panel.
@@ -120,7 +124,7 @@ class Prepared:
         sub: columns that share a scale, at most 128.
         scale_type: "none", "pair" (int32: a float16 and, above it, a zero point that is whole, and
             below 128 where codes have up to four bits), "float" (the array's own type), "e4m3" or
-            "e8m0" (as bytes, four of them as int32 where sub is at most 32).
+            "e8m0" (four bytes as int32 where sub is at most 32, else int16).
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.
@@ -197,10 +201,3 @@ def _chunks(halves: Tensor) -> Tensor:
     threads = halves.permute(0, 1, 3, 5, 2, 4, 6).reshape(halves.shape[0], 128, -1)
     size = min(8, threads.shape[2])
     return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
-
-
-def fields_of(codes: Tensor, bits: int, words: int) -> Tensor:
-    """Pack the last axis: field j of word w is code w + words j."""
-    fields = codes.long().unflatten(-1, (-1, words))
-    shifts = bits * torch.arange(fields.shape[-2], device=codes.device)
-    return (fields << shifts[:, None]).sum(-2).to(torch.int32)

@@ -21,7 +21,7 @@ _COUNTED: dict[str, Callable[[Arrays], int]] = {
     "start": lambda arrays: arrays.words.numel() // (2 * ROWS),
     "block": lambda arrays: arrays.columns.numel() // COLUMNS,
     "table": lambda arrays: arrays.tables.numel(),
-    "high_first": lambda arrays: arrays.high.numel() // 2,
+    "high_first": lambda arrays: arrays.high.numel() // 4,
     "outlier_first": lambda arrays: arrays.outlier_values.numel(),
 }
 """Arrays of numbers that go on counting, by how far they go in one weight."""

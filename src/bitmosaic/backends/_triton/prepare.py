@@ -22,7 +22,6 @@ from bitmosaic.backends._triton.layout import (
     Arrays,
     Kind,
     Prepared,
-    fields_of,
     pack,
     row_words,
 )
@@ -294,7 +293,7 @@ class _Cells:
         """Return the zero points of all cells, whole numbers as bytes; empty for none."""
         used = [fmt for fmt in self.tensor.formats if fmt.bits]
         if not any(fmt.stores_zero_point or fmt.fixed_zero_point for fmt in used):
-            return torch.empty(0, dtype=torch.uint8, device=self.device)
+            return torch.empty(0, dtype=torch.int16, device=self.device)
 
         def point(section: Section, codes: Tensor, parameters: Parameters) -> Tensor:
             if parameters.zero_point is None:
@@ -304,7 +303,7 @@ class _Cells:
         kept = self._cells(self._spread(point), sub)
         kept[self._is_raw()] = 0.0
         whole = bool((kept == kept.round()).all()) and bool(((kept >= 0) & (kept <= 255)).all())
-        return kept.to(torch.uint8 if whole else torch.float16)
+        return kept.to(torch.int16 if whole else torch.float16)
 
     def _tables(self) -> tuple[str, Tensor, Tensor]:
         """Return by what part there are tables, their values, and where each part's starts."""
@@ -378,7 +377,7 @@ class _Cells:
         """Return the flags of mixed cells, the high halves, and where those of each row start."""
         empty = torch.empty(0, dtype=torch.int32, device=self.device)
         if not any(bits == MIXED for _, bits in self.kinds):
-            return empty.to(torch.uint8), empty, empty
+            return empty.to(torch.int16), empty, empty
         wide = torch.tensor(
             [kind == (E4M3, 8) for kind in self.of_format] + [False] * (256 - len(self.of_format)),
             device=self.device,
@@ -389,8 +388,8 @@ class _Cells:
         counts = flags.sum(2).flatten()
         high = self._cells(codes).unflatten(2, (-1, BLOCK))[flags] >> 4
         return (
-            (flags * weights).sum(2).to(torch.uint8),
-            fields_of(high, 4, 2).flatten(),
+            (flags * weights).sum(2).to(torch.int16),
+            _quarters(high),
             (counts.cumsum(0) - counts).view(flags.shape[:2]).to(torch.int32),
         )
 
@@ -432,4 +431,13 @@ class _Cells:
 
 def _fours(scales: Tensor) -> Tensor:
     """View bytes [cells, 64, groups] as words, where there are four groups or more."""
-    return scales.contiguous().view(torch.int32) if scales.shape[2] >= 4 else scales
+    fours = scales.shape[2] >= 4
+    return scales.contiguous().view(torch.int32) if fours else scales.to(torch.int16)
+
+
+def _quarters(codes: Tensor) -> Tensor:
+    """Pack nibbles [blocks, 16], column 8 q + 2 c + h at bit 8 q + 4 h of half word c."""
+    bits = codes.to(torch.int32).view(-1, 2, 4, 2)
+    shifts = 8 * torch.arange(2, device=codes.device)[:, None, None]
+    shifts = shifts + 4 * torch.arange(2, device=codes.device)
+    return (bits << shifts).sum((1, 3), dtype=torch.int32).to(torch.int16).flatten()
