@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitmosaic.backends._triton import decoding, kernels, layout, rounding
+from bitmosaic.backends._triton import decoding, integers, kernels, layout, rounding
 from bitmosaic.backends._triton.choices import limits
 from bitmosaic.backends._triton.launch import DECODE_WARPS
 from bitmosaic.backends._triton.layout import Arrays
@@ -133,7 +133,9 @@ def types(case: Case) -> Arrays:
 
 def source(case: Case) -> ASTSource:
     """Describe a kernel with its types, constants, and what is known of alignment."""
-    home = next(each for each in (kernels, decoding, rounding) if hasattr(each, case.kernel))
+    home = next(
+        each for each in (kernels, integers, decoding, rounding) if hasattr(each, case.kernel)
+    )
     kernel = getattr(home, case.kernel)
     names = kernel.arg_names
     constants: dict[str, Any] = {

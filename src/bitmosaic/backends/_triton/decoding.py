@@ -5,18 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitmosaic.backends._triton.cells import (
+from bitmosaic.backends._triton.cells import read_cell, read_scales, spread
+from bitmosaic.backends._triton.codes import (
     COLUMNS,
     E2M1,
     E4M3,
     MIXED,
     ROWS,
     read_bytes_of_blocks,
-    read_cell,
-    read_scales,
     row_words,
     shifted,
-    spread,
 )
 
 

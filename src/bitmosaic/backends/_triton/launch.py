@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitmosaic.activations import HIGH, LOW, ActivationRule
-from bitmosaic.backends._triton import choices, counters, decoding, kernels, merging, rounding
+from bitmosaic.backends._triton import (
+    choices,
+    counters,
+    decoding,
+    integers,
+    kernels,
+    merging,
+    rounding,
+)
 from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.backends._triton.layout import COLUMNS, FP16, ROWS, Prepared
 from bitmosaic.backends._triton.prepare import prepare
@@ -276,7 +284,7 @@ def _multiply_whole(
     bias_given, bias = bias is not None, y if bias is None else bias
     parts, counts = _shared(ready, tokens, choice, codes.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
-    kernels.multiply_whole[grid](
+    integers.multiply_whole[grid](
         ready.arrays,
         codes,
         scales,

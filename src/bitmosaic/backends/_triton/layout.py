@@ -201,3 +201,11 @@ def _chunks(halves: Tensor) -> Tensor:
     threads = halves.permute(0, 1, 3, 5, 2, 4, 6).reshape(halves.shape[0], 128, -1)
     size = min(8, threads.shape[2])
     return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
+
+
+def pack_high(codes: Int[Tensor, "blocks 16"]) -> Int[Tensor, halves]:
+    """Pack the high four bits of blocks, as `Arrays.high` says."""
+    bits = codes.to(torch.int32).view(-1, 2, 4, 2)
+    shifts = 8 * torch.arange(2, device=codes.device)[:, None, None]
+    shifts = shifts + 4 * torch.arange(2, device=codes.device)
+    return (bits << shifts).sum((1, 3), dtype=torch.int32).to(torch.int16).flatten()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bitmosaic.backends._triton import orders
 from bitmosaic.backends._triton.kinds import kind_of
 from bitmosaic.backends._triton.layout import (
     AFFINE,
@@ -23,11 +24,12 @@ from bitmosaic.backends._triton.layout import (
     Kind,
     Prepared,
     pack,
+    pack_high,
     row_words,
 )
 from bitmosaic.bands import BandRule
 from bitmosaic.formats import Parameters
-from bitmosaic.tensor import QuantizedTensor, invert
+from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import Section
 
 
@@ -78,7 +80,7 @@ class _Cells:
         if table_by == "row":
             table = self._cells(table, sub)
         words, start = self._words(codes)
-        columns, rows = self._orders(original)
+        columns, rows = orders.of(original, self.order)
         return Prepared(
             (self.out,),
             self.width,
@@ -101,7 +103,7 @@ class _Cells:
                 tables,
                 table.to(torch.int32),
                 *self._halves(codes),
-                *self._outliers(original),
+                *orders.outliers(original),
                 self.bands,
                 columns.new_empty(0),
             ),
@@ -377,7 +379,7 @@ class _Cells:
         """Return the flags of mixed cells, the high halves, and where those of each row start."""
         empty = torch.empty(0, dtype=torch.int32, device=self.device)
         if not any(bits == MIXED for _, bits in self.kinds):
-            return empty.to(torch.int16), empty, empty
+            return empty.to(torch.int16), empty.to(torch.int16), empty
         wide = torch.tensor(
             [kind == (E4M3, 8) for kind in self.of_format] + [False] * (256 - len(self.of_format)),
             device=self.device,
@@ -389,43 +391,8 @@ class _Cells:
         high = self._cells(codes).unflatten(2, (-1, BLOCK))[flags] >> 4
         return (
             (flags * weights).sum(2).to(torch.int16),
-            _quarters(high),
+            pack_high(high),
             (counts.cumsum(0) - counts).view(flags.shape[:2]).to(torch.int32),
-        )
-
-    def _orders(self, original: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Return the in_channel of each prepared column and the out_channel of each stored row."""
-        columns, rows = self.order, torch.arange(self.out, device=self.device)
-        if original.in_permutation is not None:
-            columns = original.in_permutation.long()[columns.clamp(min=0)]
-            columns = torch.where(self.order >= 0, columns, -1)
-        if original.out_permutation is not None:
-            rows = original.out_permutation.long()
-        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
-        in_order = bool((columns[: self.width].cpu() == torch.arange(self.width)).all())
-        rows = torch.nn.functional.pad(rows, (0, self.panels * ROWS - self.out), value=-1)
-        return (
-            nothing if in_order else columns.to(torch.int32),
-            nothing if original.out_permutation is None else rows.to(torch.int32),
-        )
-
-    def _outliers(self, original: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return outliers by panel: how many before it, row, in_channel, what to add."""
-        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
-        if original.outlier_values is None:
-            return nothing, nothing, nothing, nothing.float()
-        rows, columns = original.outlier_positions()
-        decoded = original.without_outliers().dequantize()[rows, columns]
-        more = original.outlier_values.float() - decoded
-        if original.out_permutation is not None:
-            rows = invert(original.out_permutation.long())[rows]
-        sort = torch.argsort(rows, stable=True)
-        counts = torch.bincount(rows // ROWS, minlength=self.panels)
-        return (
-            torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32),
-            (rows % ROWS)[sort].to(torch.int32),
-            columns[sort].to(torch.int32),
-            more[sort],
         )
 
 
@@ -433,11 +400,3 @@ def _fours(scales: Tensor) -> Tensor:
     """View bytes [cells, 64, groups] as words, where there are four groups or more."""
     fours = scales.shape[2] >= 4
     return scales.contiguous().view(torch.int32) if fours else scales.to(torch.int16)
-
-
-def _quarters(codes: Tensor) -> Tensor:
-    """Pack nibbles [blocks, 16], column 8 q + 2 c + h at bit 8 q + 4 h of half word c."""
-    bits = codes.to(torch.int32).view(-1, 2, 4, 2)
-    shifts = 8 * torch.arange(2, device=codes.device)[:, None, None]
-    shifts = shifts + 4 * torch.arange(2, device=codes.device)
-    return (bits << shifts).sum((1, 3), dtype=torch.int32).to(torch.int16).flatten()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitmosaic.backends._triton.cells import ROWS
+from bitmosaic.backends._triton.codes import ROWS
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from bitmosaic import bands
 from bitmosaic.activations import LARGEST
-from bitmosaic.backends._triton.kernels import plus
+from bitmosaic.backends._triton.integers import plus
 from bitmosaic.formats.nvfp import GROUP, LARGEST_POINT, LARGEST_SCALE, SMALLEST_SCALE
 
 BOUND = tl.constexpr(LARGEST)
