@@ -203,7 +203,7 @@ def _chunks(halves: Tensor) -> Tensor:
     return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
 
 
-def pack_high(codes: Int[Tensor, "blocks 16"]) -> Int[Tensor, halves]:
+def pack_high(codes: Int[Tensor, "blocks 16"]) -> Int[Tensor, " halves"]:
     """Pack the high four bits of blocks, as `Arrays.high` says."""
     bits = codes.to(torch.int32).view(-1, 2, 4, 2)
     shifts = 8 * torch.arange(2, device=codes.device)[:, None, None]

@@ -261,7 +261,7 @@ class _Cells:
             each = one if parameters.scale is None else parameters.scale[..., None]
             return each * factors[section.format_index] if folded else each
 
-        kept = self._cells(self._spread(scale), sub)
+        kept = self._cells(self._spread(scale), sub).contiguous()
         kept[self._is_raw()] = 1.0
         if not folded and scaled == {"e8m0"}:
             stored = kept.clamp(min=2.0**-127).to(torch.float8_e8m0fnu)
@@ -369,11 +369,8 @@ class _Cells:
 
     def _decoded(self, cells: Tensor) -> Tensor:
         values = self._ordered(self.tensor.dequantize())
-        return (
-            self._cut(values)[self.panel[cells], :, self.block[cells]]
-            .contiguous()
-            .view(torch.int16)
-        )
+        picked = self._cut(values)[self.panel[cells], :, self.block[cells]]
+        return picked.contiguous().view(torch.int16)
 
     def _halves(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the flags of mixed cells, the high halves, and where those of each row start."""
@@ -398,5 +395,4 @@ class _Cells:
 
 def _fours(scales: Tensor) -> Tensor:
     """View bytes [cells, 64, groups] as words, where there are four groups or more."""
-    fours = scales.shape[2] >= 4
-    return scales.contiguous().view(torch.int32) if fours else scales.to(torch.int16)
+    return scales.view(torch.int32) if scales.shape[2] >= 4 else scales.to(torch.int16)
