@@ -23,6 +23,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +272,14 @@ def tune() -> None:
     for cells in ((HIDDEN, HIDDEN), LARGE, (VOCABULARY, HIDDEN)):
         contender = Contender(random_tensor(cells, MIX_3))
         for tokens in (1, 8, 16, 32, 64, 128, 256):
-            x, times = contender.inputs(tokens), {}
-            for choice in sizes(tokens):
-                choices.choose = lambda *shape, choice=choice: choice
-                try:
-                    times[choice] = best({"ours": contender.ours(x)[:16]})["ours"]
-                except Exception as error:  # out of shared memory: no choice
-                    print(f"     {choice}: {error}")
-            chosen = min(times, key=times.__getitem__)
-            print(f"     {cells} {tokens}: {chosen}, {times[chosen] * 1e6:.1f} us", flush=True)
+            x = contender.inputs(tokens)
+            seconds: dict[Choice, float] = {}
+            for choice in shares(tokens):
+                seconds[choice] = timed(contender, x, choice)
+            for choice in depths(min(seconds, key=seconds.__getitem__)):
+                seconds[choice] = timed(contender, x, choice)
+            chosen = min(seconds, key=seconds.__getitem__)
+            print(f"     {cells} {tokens}: {chosen}, {seconds[chosen] * 1e6:.1f} us", flush=True)
             entries.append({
                 "most_tokens": tokens,
                 "most_cells": cells[0] // 64 * (cells[1] // 128),
@@ -293,14 +293,30 @@ def tune() -> None:
     TUNED.write_text(json.dumps(tables, indent=1) + "\n")
 
 
-def sizes(tokens: int) -> Iterator[Choice]:
-    """List what is tried for so many tokens."""
-    of_tokens = sorted({min(128, max(16, tokens)), min(64, max(16, tokens))})
-    for size, parts, warps, stages in itertools.product(
-        of_tokens, (1, 2, 4, 8, 16), (4, 8), (2, 3, 4, 6)
-    ):
-        yield Choice(size, parts, warps, stages)
+def timed(contender: Contender, x: Tensor, choice: Choice) -> float:
+    """Return the seconds of a product with these sizes; infinite where they do not fit."""
+    choices.choose = lambda *shape: choice
+    try:
+        return best({"ours": contender.ours(x)[:16]})["ours"]
+    except Exception as error:  # out of shared memory: no choice
+        print(f"     {choice}: {error}")
+        return float("inf")
+
+
+def shares(tokens: int) -> Iterator[Choice]:
+    """List sizes that differ in how the work is shared among programs."""
+    natural = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    for size in sorted({natural, max(8, natural // 2)}):
+        for parts in (1, 2, 4, 8, 16):
+            yield Choice(size, parts, unroll=2 if size == 8 else 1)
     yield Choice(128, 1, dense=True)
+
+
+def depths(choice: Choice) -> Iterator[Choice]:
+    """List sizes that differ in how far a program looks ahead."""
+    if not choice.dense:
+        for stages, unroll in itertools.product((2, 3, 4, 6), (1, 2)):
+            yield replace(choice, stages=stages, unroll=unroll)
 
 
 def main() -> int:
