@@ -35,6 +35,7 @@ from bitmosaic.backends._triton import decoding, integers, kernels, layout, roun
 from bitmosaic.backends._triton.choices import limits
 from bitmosaic.backends._triton.launch import DECODE_WARPS
 from bitmosaic.backends._triton.layout import Arrays
+from bitmosaic.backends._triton.pairs import torn
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
@@ -106,6 +107,13 @@ CASES = (
         **FP4,
         **ONE_BY_ONE,
     ),
+    Case("int1, int8; one token", ((A, 1), (A, 8)), **ONE),
+    Case("int2, int3, int4; fp16, one token", ((A, 2), (A, 3), (A, 4)), dtype="fp16", **ONE),
+    Case("int3; 128 tokens", ((A, 3),), tokens=128),
+    Case("int4 in groups of 32; one token", ((A, 4),), sub=32, **ONE),
+    Case("mxfp4; one token", ((layout.E2M1, 4),), sub=32, scale="e8m0", **ONE),
+    Case("nvfp4; fp16", ((layout.E2M1, 4),), dtype="fp16", **FP4),
+    Case("e5m2; fp16", ((layout.E5M2, 8),), dtype="fp16", scale="none"),
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
     Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
@@ -214,6 +222,7 @@ def compiled(task: tuple[Case, int]) -> dict[str, Any]:
         "spilled": spilled,
         "shared": made.metadata.shared,
         "converted": count(r"cvt\.rn[a-z.]*\.(f16|bf16)\.") + count(r"cvt\.rn\.f32\.[su]"),
+        "torn": torn(made.asm["ttgir"]),
         "instructions": max(turns, default=0) / WEIGHTS_A_THREAD / case.more.get("UNROLL", 1),
     }
 
@@ -255,6 +264,8 @@ def faults(found: dict[str, Any]) -> Iterator[str]:
         yield f"{found['spilled']} bytes are spilled"
     if found["shared"] > SHARED_MEMORY[architecture]:
         yield "too much shared memory"
+    if found["torn"]:
+        yield f"{found['torn']} pairs are taken apart"
     if not case.kernel.startswith("multiply"):
         return
     if found["copies"] < len(case.kinds):
@@ -263,7 +274,8 @@ def faults(found: dict[str, Any]) -> Iterator[str]:
         yield "programs that share a panel are not told of each other's sums"
     if not found["tensor"]:
         yield f"no {found['core']}"
-    if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds):
+    results = case.tokens // 2  # of a thread, which are converted too
+    if not case.converts and found["converted"] >= WEIGHTS_A_THREAD * len(case.kinds) + results:
         yield "codes are converted one by one"
     if case.most and architecture < 100 and found["instructions"] > case.most:
         yield f"more than {case.most} instructions a weight"

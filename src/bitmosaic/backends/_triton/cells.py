@@ -56,14 +56,14 @@ def read_whole(
         halves = tl.broadcast_to(read_threads(words, at, 8), SHAPE)
         shift = tl.broadcast_to((8 * tl.arange(0, 2)).to(tl.int16)[None, :, None], SHAPE)
         mask, power = tl.full(SHAPE, 15, tl.int16), tl.full(SHAPE, 0x4300, tl.int16)
-        low = masked(halves, shift, mask, power).to(tl.bfloat16, bitcast=True) - 128.0
-        high = masked(halves, shift + 4, mask, power).to(tl.bfloat16, bitcast=True) - 128.0
+        low = masked(halves, shift, mask, power, True).to(tl.bfloat16, bitcast=True) - 128.0
+        high = masked(halves, shift + 4, mask, power, True).to(tl.bfloat16, bitcast=True) - 128.0
         number = tl.reshape(high * 16.0 + low, (ROWS, COLUMNS))
     else:
         ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
         POWER: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
         ONE: tl.constexpr = 127 if DTYPE == tl.bfloat16 else 15
-        found, bit = read_fields(words, at, BITS, ROOM // BITS, POWER)
+        found, bit = read_fields(words, at, BITS, ROOM // BITS, POWER, True)
         # 2^-bit, and the power as it then is, by their exponents.
         scale = ((ONE - bit) << ROOM).to(tl.int16).to(DTYPE, bitcast=True)
         power = ((ONE + ROOM - bit) << ROOM).to(tl.int16).to(DTYPE, bitcast=True)

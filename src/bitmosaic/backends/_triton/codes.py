@@ -35,13 +35,15 @@ def row_words(BITS: tl.constexpr):
 
 
 @triton.jit
-def masked(halves, shift, mask, bits):
-    """Return (halves >> shift) & mask | bits of int16, two of them by two instructions.
+def masked(halves, shift, mask, bits, PAIRS: tl.constexpr):
+    """Return (halves >> shift) & mask | bits of int16; PAIRS of them by two instructions.
 
     The compiler would take pairs apart to shift them.  `shift` is known when it compiles, `mask`
-    takes away what comes in from the pair's other half.
+    takes away what comes in from the pair's other half.  Both halves are shifted alike: a thread's
+    pairs must be neighbours in the last axis, as in a tensor core's operand.  Where the compiler
+    may hold them otherwise, there are no PAIRS; the tool sees to it.
     """
-    if INTERPRETED:
+    if INTERPRETED or not PAIRS:
         return ((halves >> shift) & mask) | bits
     else:
         return tl.inline_asm_elementwise(
@@ -102,7 +104,9 @@ def read_threads(words, at, WORDS: tl.constexpr):
 
 
 @triton.jit
-def read_fields(words, at, BITS: tl.constexpr, STEP: tl.constexpr, SET: tl.constexpr):
+def read_fields(
+    words, at, BITS: tl.constexpr, STEP: tl.constexpr, SET: tl.constexpr, PAIRS: tl.constexpr
+):
     """Read codes where they are: int16 [64, fields, columns of a field], and the bit of each.
 
     Up to STEP fields are taken from a word without shifting it; the bits SET are set beside them.
@@ -122,9 +126,10 @@ def read_fields(words, at, BITS: tl.constexpr, STEP: tl.constexpr, SET: tl.const
         bit = tl.where(last, 0, number % STEP * 3)
         shift = tl.where(last, 15, number // STEP * STEP * 3).to(tl.int16)
         mask = tl.where(last, 1, 7 << bit).to(tl.int16)
-        found = masked(source, shift, mask, tl.full(SHAPE, SET, tl.int16))
-        more = masked(second, tl.full(SHAPE, 14, tl.int16), tl.full(SHAPE, 2, tl.int16), found)
-        more = masked(third, tl.full(SHAPE, 13, tl.int16), tl.full(SHAPE, 4, tl.int16), more)
+        found = masked(source, shift, mask, tl.full(SHAPE, SET, tl.int16), PAIRS)
+        shift, mask = tl.full(SHAPE, 14, tl.int16), tl.full(SHAPE, 2, tl.int16)
+        more = masked(second, shift, mask, found, PAIRS)
+        more = masked(third, shift - 1, mask * 2, more, PAIRS)
         return tl.where(last, more, found), bit
     else:
         FORM: tl.constexpr = (ROWS, 16 // BITS, 8 * BITS)
@@ -133,7 +138,7 @@ def read_fields(words, at, BITS: tl.constexpr, STEP: tl.constexpr, SET: tl.const
         bit = number % STEP * BITS
         shift = (number // STEP * STEP * BITS).to(tl.int16)
         mask = (((1 << BITS) - 1) << bit).to(tl.int16)
-        return masked(source, shift, mask, tl.full(FORM, SET, tl.int16)), bit
+        return masked(source, shift, mask, tl.full(FORM, SET, tl.int16), PAIRS), bit
 
 
 @triton.jit
@@ -147,7 +152,9 @@ def read_codes(words, at, BITS: tl.constexpr):
         return tl.reshape(read_threads(words, at, 16), (ROWS, COLUMNS)).to(tl.int32) & 0xFFFF
     else:
         WIDTH: tl.constexpr = 4 if BITS == MIXED else BITS
-        return tl.reshape(read_fields(words, at, WIDTH, 1, 0)[0], (ROWS, COLUMNS)).to(tl.int32)
+        return tl.reshape(read_fields(words, at, WIDTH, 1, 0, False)[0], (ROWS, COLUMNS)).to(
+            tl.int32
+        )
 
 
 @triton.jit

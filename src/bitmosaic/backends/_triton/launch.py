@@ -20,6 +20,7 @@ from bitmosaic.backends._triton import (
     integers,
     kernels,
     merging,
+    pairs,
     rounding,
 )
 from bitmosaic.backends._triton.choices import Choice
@@ -232,7 +233,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     bias = y if bias is None else bias
     parts, counts = _shared(ready, tokens, choice, x.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
-    kernels.multiply[grid](
+    compiled = kernels.multiply[grid](
         ready.arrays,
         x,
         x.stride(0),
@@ -261,6 +262,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         num_warps=choice.warps,
         **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )
+    pairs.check(compiled)
 
 
 def in_order(ready: Ready, x: Tensor) -> Tensor:
