@@ -174,6 +174,28 @@ def read_scales(
 
 
 @triton.jit
+def look_up(w, cell, at, BITS: tl.constexpr, TABLE_BY: tl.constexpr):
+    """Look codes of up to 8 bits up in tables of columns or of the cell: float32 [64, 128].
+
+    Each thread looks up what it multiplies: with threads as the last axis, nothing moves after.
+    """
+    WIDTH: tl.constexpr = 1 if BITS == 3 else BITS
+    FIELDS: tl.constexpr = 16 // WIDTH
+    codes = read_fields(w.words, at, BITS, 1, 0, False)[0]
+    codes = tl.reshape(codes, (4, 2, 8, FIELDS, WIDTH, 4, 2))  # w, upper, l, field, word, c, half
+    codes = tl.reshape(tl.permute(codes, (1, 3, 4, 6, 0, 2, 5)), (2, 32, 128)).to(tl.int32)
+    if TABLE_BY == "cell":
+        start = tl.load(w.table + cell)
+    else:
+        number, thread = tl.arange(0, 32)[:, None], tl.arange(0, 128)[None, :]
+        column = number // 2 * 8 + thread % 4 * 2 + number % 2
+        start = tl.load(w.table + tl.load(w.block + cell) * COLUMNS + column)[None, :, :]
+    found = tl.load(w.tables + start + codes)
+    found = tl.reshape(found, (2, FIELDS, WIDTH, 2, 4, 8, 4))
+    return tl.reshape(tl.permute(found, (4, 0, 5, 1, 2, 6, 3)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def read_cell(
     w,
     cell,
@@ -192,6 +214,11 @@ def read_cell(
         return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, DTYPE)
     elif (GRID == E2M1 or GRID == E4M3 or GRID == E5M2) and DTYPE != tl.float32:
         return read_floats(w.words, at, GRID, SUBS, SCALE, DTYPE)
+    elif GRID == TABLE and BITS <= 8 and TABLE_BY != "row":
+        number = look_up(w, cell, at, BITS, TABLE_BY)
+        if POINTS:
+            number -= spread(point, SUBS).to(tl.float32)
+        return number
     else:
         codes = read_codes(w.words, at, BITS)
         start = tl.full((1, 1), 0, tl.int32)
