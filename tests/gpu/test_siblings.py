@@ -122,6 +122,7 @@ def test_their_arrays_are_the_memory_of_all() -> None:
     for part in parts:
         assert part.arrays.words.data_ptr() == together.arrays.words.data_ptr()
         assert part.arrays.scales.data_ptr() == together.arrays.scales.data_ptr()
+        assert part.stored.outlier_columns.data_ptr() == parts[0].stored.outlier_columns.data_ptr()
     # Orders, and places of kinds that only some have.
     assert together.nbytes <= separate + 4 * (4 * together.prepared.padded + 200 * 16)
 

@@ -44,11 +44,16 @@ class Ready:
     """A prepared weight, what its kernels are compiled for, and the handle that graphs hold.
 
     `order` is that of the stored in_channels, where inputs are rounded in it.  `members` are the
-    weights that lie together in it, if they do.
+    weights that lie together in it, if they do; they share `outlier_places`, the prepared
+    columns of all outliers, of which each writes its own.
     """
 
     def __init__(
-        self, prepared: Prepared, order: Tensor | None = None, members: Sequence[Ready] = ()
+        self,
+        prepared: Prepared,
+        order: Tensor | None = None,
+        members: Sequence[Ready] = (),
+        outlier_places: Tensor | None = None,
     ) -> None:
         self.prepared, self.order, self.members = prepared, order, members
         self.arrays = arrays = prepared.arrays
@@ -86,7 +91,10 @@ class Ready:
         self.outliers = arrays.outlier_first.numel() > 0
         self.stored = arrays
         if self.outliers and self.ordered and not members:
-            self.stored = arrays._replace(outlier_columns=self._outliers_in_order())
+            if outlier_places is None:
+                outlier_places = arrays.outlier_columns.clone()
+            self._write_places(outlier_places)
+            self.stored = arrays._replace(outlier_columns=outlier_places)
         if device.type == "cuda":
             counters.reserve(device)
         self.handle = next(_handles)
@@ -97,15 +105,14 @@ class Ready:
         """Bytes of memory that the prepared weight holds."""
         return self.prepared.nbytes
 
-    def _outliers_in_order(self) -> Tensor:
-        """Name the prepared column of each outlier."""
-        places = torch.zeros(self.width, dtype=torch.int32, device=self.device)
+    def _write_places(self, places: Tensor) -> None:
+        """Write the prepared column of each of its outliers among all of them."""
+        column = torch.zeros(self.width, dtype=torch.int32, device=self.device)
         known = torch.nonzero(self.columns >= 0).flatten()
-        places[self.columns[known].long()] = known.to(torch.int32)
-        first, outliers = self.arrays.outlier_first, self.arrays.outlier_columns.clone()
+        column[self.columns[known].long()] = known.to(torch.int32)
+        first = self.arrays.outlier_first
         own = slice(int(first[0]), int(first[-1]))
-        outliers[own] = places[outliers[own].long()]
-        return outliers
+        places[own] = column[self.arrays.outlier_columns[own].long()]
 
     def _source(self) -> Tensor:
         """Name the in_channel of each prepared column, -1 for none."""
@@ -129,7 +136,9 @@ def ready(tensor: QuantizedTensor) -> Ready:
 def merge(weights: Sequence[Ready]) -> Ready:
     """Lay weights of one form together for `multiply_many`, as members."""
     merged = merging.merge([each.prepared for each in weights])
-    members = [Ready(part) for part in merging.parts(merged, [each.prepared for each in weights])]
+    places = merged.arrays.outlier_columns.clone()
+    parts = merging.parts(merged, [each.prepared for each in weights])
+    members = [Ready(part, outlier_places=places) for part in parts]
     return Ready(merged, members=members)
 
 
