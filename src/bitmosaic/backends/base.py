@@ -89,7 +89,7 @@ class Backend(ABC):
 
         Returns what `linears` takes, and the weights each as before, in the memory of all.
         """
-        raise NotImplementedError(f"{self.name} lays no weights together")
+        raise NotImplementedError  # of backends that say `merges`
 
     def linears(self, x: Tensor, merged: Any, bias: Tensor | None) -> Sequence[Tensor] | None:
         """Return what `linear` does for each of the weights laid together, by one launch.
