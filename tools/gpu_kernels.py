@@ -91,7 +91,7 @@ CASES = (
     Case("int2, int4; 64 tokens", ((A, 2), (A, 4)), tokens=64, most=6.0),
     Case("codebook3", ((layout.TABLE, 3),), scale="none", table_by="column", converts=True),
     Case("nvfp4", ((layout.E2M1, 4),), **FP4),
-    Case("nvfp4; one token", ((layout.E2M1, 4),), most=5.9, **FP4, **ONE),
+    Case("nvfp4; one token", ((layout.E2M1, 4),), most=4.2, **FP4, **ONE),
     Case("fp8; one token", ((layout.E4M3, 8),), scale="none", most=4.2, **ONE),
     Case(
         "codebook3; one token",
@@ -104,17 +104,22 @@ CASES = (
     Case(
         "nvfp4 and fp8 blocks; one token",
         ((layout.E2M1, layout.MIXED),),
+        most=8.0,
         **FP4,
         **ONE_BY_ONE,
     ),
     Case("int1, int8; one token", ((A, 1), (A, 8)), **ONE),
     Case("int2, int3, int4; fp16, one token", ((A, 2), (A, 3), (A, 4)), dtype="fp16", **ONE),
     Case("int3; 128 tokens", ((A, 3),), tokens=128),
-    Case("int4 in groups of 32; one token", ((A, 4),), sub=32, **ONE),
-    Case("mxfp4; one token", ((layout.E2M1, 4),), sub=32, scale="e8m0", **ONE),
+    Case("int4 in groups of 32; one token", ((A, 4),), sub=32, most=4.8, **ONE),
+    Case("int2, int3 in groups of 64; one token", ((A, 2), (A, 3)), sub=64, most=4.8, **ONE),
+    Case("int4 in groups of 32", ((A, 4),), sub=32),
+    Case("mxfp4; one token", ((layout.E2M1, 4),), sub=32, scale="e8m0", most=4.5, **ONE),
+    Case("mxfp4", ((layout.E2M1, 4),), sub=32, scale="e8m0"),
     Case("nvfp4; fp16", ((layout.E2M1, 4),), dtype="fp16", **FP4),
     Case("e5m2; fp16", ((layout.E5M2, 8),), dtype="fp16", scale="none"),
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
+    Case("nvfp4 and fp8 blocks; 32 tokens", ((layout.E2M1, layout.MIXED),), tokens=32, **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
     Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
     Case("int2, int3, int4; one token", ((A, 2), (A, 3), (A, 4)), outliers=True, most=3.3, **ONE),
@@ -134,7 +139,7 @@ CASES = (
 def types(case: Case) -> Arrays:
     """Return a prepared weight with the types of its arrays in their place."""
     given: dict[str, Any] = dict.fromkeys(Arrays._fields, "*i32")
-    given |= {"words": "*i16", "high": "*i16", "points": "*i16", "flags": "*i16"}
+    given |= {"words": "*i16", "high": "*i16", "points": "*i16"}
     given |= dict.fromkeys(("factors", "tables", "outlier_values"), "*fp32")
     return Arrays(**(given | case.types))
 
@@ -160,7 +165,9 @@ def source(case: Case) -> ASTSource:
         "SUBS": layout.COLUMNS // case.sub,
         "SCALE": case.scale,
         "TABLE_BY": case.table_by,
-        "GATHER": case.gather and (case.tokens <= 8 or case.kernel == "decode"),
+        "GATHER": case.gather and (case.tokens <= 8 or not case.kernel.startswith("multiply")),
+        "GROUPED": case.sub < layout.COLUMNS and any(grid != A for grid, _ in case.kinds),
+        "MOVE": True,
         "CUT": False,
         "OUTLIERS": case.outliers,
         "PICK": False,

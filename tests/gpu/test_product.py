@@ -25,6 +25,16 @@ BACKEND = backends.get("triton")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SFMP = ("int2-g128", "int3-g128", "int4-g128", "pruned")
 FGMP = ("nvfp4", "fp8-e4m3-tensor")
+GROUPED = [
+    FGMP,
+    ("nvfp4",),
+    ("mxfp4", "mxfp8-e4m3"),
+    ("int4-g32",),
+    ("int3-g64", "int2-g64"),
+    ("int8-g16",),
+    ("int2-g8",),
+    ("fp8-e5m2-g2",),
+]
 
 
 def check(tensor: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> None:
@@ -106,6 +116,31 @@ def test_blocks_of_four_and_eight_bits() -> None:
     assert prepared.nbytes <= tensor.nbytes + 0.8 / 8 * 128 * 512
     for dtype in TYPES:
         check(tensor, tokens(3, 512, dtype=dtype))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("names", GROUPED)
+def test_groups_within_cells(names: tuple[str, ...], permuted: bool) -> None:
+    """Each of four sizes of kernel; the last cell is not full."""
+    tile = (1, 16) if names == FGMP else (64, 128)
+    tensor = mixture(names, (70, 300), tile, permuted=permuted, outliers=0.01)
+    for count, dtype in (
+        (1, TYPES[1]),
+        (3, TYPES[2]),
+        (19, TYPES[1]),
+        (40, TYPES[1]),
+        (19, TYPES[0]),
+    ):
+        check(tensor, tokens(count, 300, dtype=dtype))
+
+
+def test_whole_numbers_in_groups_are_not_rounded() -> None:
+    """Each group is multiplied, then scaled: sums are those of the weights as they are."""
+    tensor = uniform("int4-g32", (64, 256), (64, 256))
+    x, weight = torch.ones(1, 256, dtype=torch.bfloat16), tensor.dequantize()
+    sums = BACKEND.linear(x, BACKEND.prepare(tensor))
+    assert torch.equal(sums, weight.double().sum(1, keepdim=True).T.to(x.dtype))
+    assert not torch.equal(sums, weight.to(x.dtype).double().sum(1, keepdim=True).T.to(x.dtype))
 
 
 @pytest.mark.parametrize(
@@ -229,12 +264,20 @@ def test_one_flipped_bit_is_noticed(array: str) -> None:
     assert noticed >= 2
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16, layout.MIXED])
-def test_words_are_what_the_layout_says(bits: int) -> None:
-    kept = 4 if bits == layout.MIXED else bits
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *((layout.AFFINE, bits) for bits in (1, 2, 3, 4, 8)),
+        (layout.FP16, 16),
+        (layout.E2M1, 4),
+        (layout.E2M1, layout.MIXED),
+    ],
+)
+def test_words_are_what_the_layout_says(kind: layout.Kind) -> None:
+    kept = 4 if kind[1] == layout.MIXED else kind[1]
     codes = torch.randint(2**kept, (2, 64, 128))
-    cell = layout.pack(codes, (layout.AFFINE, bits))[1].long() & 0xFFFF
-    assert cell.numel() == 2 * 64 * layout.row_words((layout.AFFINE, bits))
+    cell = layout.pack(codes, kind)[1].long() & 0xFFFF
+    assert cell.numel() == 2 * 64 * layout.row_words(kind)
 
     def half(thread: int, number: int, count: int, begin: int, h: int) -> int:
         """Return half a word: the number of a word among `count` of a thread, after `begin`."""
@@ -253,10 +296,26 @@ def test_words_are_what_the_layout_says(bits: int) -> None:
                 return sum((words[t] >> 15) << t for t in range(3))
             return words[q // 5] >> 3 * (q % 5) & 7
         t, j = q % kept, q // kept
-        return half(thread, i * kept + t, 2 * kept, 0, h) >> kept * j & (2**kept - 1)
+        word = half(thread, i * kept + t, 2 * kept, 0, h)
+        if kind[0] == layout.E2M1:
+            return sum((word >> place & 1) << bit for bit, place in enumerate(layout.NIBBLES[j]))
+        return word >> kept * j & (2**kept - 1)
 
     found = torch.tensor([[code(row, column) for column in range(128)] for row in range(64)])
     assert torch.equal(found, codes[1])
+
+
+def test_places_of_columns_in_groups() -> None:
+    cells = layout.grouped(torch.arange(128).expand(2, 64, 128))
+    for q in range(16):
+        for c in range(4):
+            for h in range(2):
+                assert (cells[:, :, 8 * q + 2 * c + h] == 32 * c + 2 * q + h).all()
+
+
+def test_places_of_bits() -> None:
+    for places in (layout.NIBBLES, layout.UPPERS):
+        assert sorted(place for bits in places for place in bits) == list(range(16))
 
 
 def test_same_input_same_bits() -> None:

@@ -20,6 +20,7 @@ from bitmosaic.backends._triton.codes import (
     ROWS,
     TABLE,
     masked,
+    raised,
     read_codes,
     read_fields,
     read_floats,
@@ -39,6 +40,7 @@ def read_whole(
     SUBS: tl.constexpr,
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
+    GROUPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Read codes less their zero points [64, SUBS] as [64, 128] of DTYPE, exactly.
@@ -71,16 +73,14 @@ def read_whole(
             power += point[:, :, None]
         number = tl.reshape(found.to(DTYPE, bitcast=True) * scale - power, (ROWS, COLUMNS))
     if POINTS and not FOLD:
-        number -= spread(point, SUBS)
+        number -= spread(point, SUBS, GROUPED)
     return number
 
 
 @triton.jit
-def looked_up(codes, tables, start, GRID: tl.constexpr, DTYPE: tl.constexpr):
-    """Return grid[code], exactly: float types of up to 8 bits in DTYPE, all else in float32."""
-    if GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
-        return shifted(codes, GRID, DTYPE)
-    elif GRID == FP16:
+def looked_up(codes, tables, start, GRID: tl.constexpr):
+    """Return grid[code] in float32."""
+    if GRID == FP16:
         return codes.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif GRID == BF16:
         return (codes << 16).to(tl.float32, bitcast=True)
@@ -97,28 +97,57 @@ def scaled(
     GRID: tl.constexpr,
     SUBS: tl.constexpr,
     SCALE: tl.constexpr,
+    GROUPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Scale numbers whose scale changes within a cell; what is not exact in DTYPE, in float32."""
     if SCALE == "none":
         return weights
     elif shares_power(GRID, SUBS, SCALE, DTYPE):
-        return weights * spread(scale * tl.full((1, 1), 2.0**112, tl.float32).to(DTYPE), SUBS)
+        return weights * spread(
+            scale * tl.full((1, 1), 2.0**112, tl.float32).to(DTYPE), SUBS, GROUPED
+        )
+    elif (
+        SCALE == "e8m0" and DTYPE == tl.bfloat16 and (GRID == E2M1 or GRID == E4M3 or GRID == E5M2)
+    ):
+        return weights * spread(scale, SUBS, GROUPED)  # a power of two
     elif SCALE == "e4m3" and (GRID == E2M1 or GRID == E4M3):
-        return weights * spread(scale, SUBS)  # at most eight significant bits
+        return weights * spread(scale, SUBS, GROUPED)  # at most eight significant bits
     else:
-        return weights.to(tl.float32) * spread(scale.to(tl.float32), SUBS)
+        return weights.to(tl.float32) * spread(scale.to(tl.float32), SUBS, GROUPED)
 
 
 @triton.jit
-def spread(each, SUBS: tl.constexpr):
-    """Repeat what belongs to groups of a row for their columns: [64, SUBS] to [64, 128 or 1]."""
+def spread(each, SUBS: tl.constexpr, GROUPED: tl.constexpr):
+    """Repeat what belongs to groups of a row for their places: [64, SUBS] to [64, 128 or 1]."""
     if SUBS == 1:
         return each
-    else:
+    elif not GROUPED:
         return tl.reshape(
             tl.broadcast_to(each[:, :, None], (ROWS, SUBS, COLUMNS // SUBS)), (ROWS, COLUMNS)
         )
+    elif SUBS == COLUMNS:
+        return tl.reshape(
+            tl.permute(tl.reshape(each, (ROWS, 4, 16, 2)), (0, 2, 1, 3)), (ROWS, COLUMNS)
+        )
+    else:
+        QUARTERS: tl.constexpr = min(
+            SUBS, 4
+        )  # groups that follow each other, and those of a thread
+        OWN: tl.constexpr = SUBS // QUARTERS
+        SHAPE: tl.constexpr = (ROWS, OWN, 16 // OWN, QUARTERS, 4 // QUARTERS, 2)
+        each = tl.permute(tl.reshape(each, (ROWS, QUARTERS, OWN)), (0, 2, 1))
+        return tl.reshape(tl.broadcast_to(each[:, :, None, :, None, None], SHAPE), (ROWS, COLUMNS))
+
+
+@triton.jit
+def column_at(GROUPED: tl.constexpr):
+    """Return the column at each place of a cell, [128]."""
+    place = tl.arange(0, COLUMNS)
+    if not GROUPED:
+        return place
+    else:
+        return place // 2 % 4 * 32 + place // 8 * 2 + place % 2
 
 
 @triton.jit
@@ -147,7 +176,8 @@ def read_scales(
 ):
     """Read the scales of a cell [64, SUBS], and its zero points, DTYPE [64, SUBS].
 
-    Scales are float32, but of type E4M3 they are DTYPE, which holds them.
+    Scales are float32; of types E4M3 and, where it is bfloat16, E8M0 they are DTYPE, which holds
+    them.
     """
     row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
     place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
@@ -166,15 +196,19 @@ def read_scales(
         elif SCALE == "e8m0":
             exponent = read_bytes(w.scales, cell, SUBS)
             # 2^-127 has exponent 0 and half as fraction.
-            bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
-            scale = bits.to(tl.float32, bitcast=True)
+            if DTYPE == tl.bfloat16:
+                bits = tl.where(exponent > 0, exponent << 7, 1 << 6).to(tl.int16)
+                scale = bits.to(tl.bfloat16, bitcast=True)
+            else:
+                bits = tl.where(exponent > 0, exponent << 23, 1 << 22)
+                scale = bits.to(tl.float32, bitcast=True)
         else:
             scale = tl.load(w.scales + place).to(tl.float32)
     return scale, point
 
 
 @triton.jit
-def look_up(w, cell, at, BITS: tl.constexpr, TABLE_BY: tl.constexpr):
+def look_up(w, cell, at, BITS: tl.constexpr, TABLE_BY: tl.constexpr, GROUPED: tl.constexpr):
     """Look codes of up to 8 bits up in tables of columns or of the cell: float32 [64, 128].
 
     Each thread looks up what it multiplies: with threads as the last axis, nothing moves after.
@@ -188,7 +222,10 @@ def look_up(w, cell, at, BITS: tl.constexpr, TABLE_BY: tl.constexpr):
         start = tl.load(w.table + cell)
     else:
         number, thread = tl.arange(0, 32)[:, None], tl.arange(0, 128)[None, :]
-        column = number // 2 * 8 + thread % 4 * 2 + number % 2
+        if not GROUPED:
+            column = number // 2 * 8 + thread % 4 * 2 + number % 2
+        else:
+            column = thread % 4 * 32 + number
         start = tl.load(w.table + tl.load(w.block + cell) * COLUMNS + column)[None, :, :]
     found = tl.load(w.tables + start + codes)
     found = tl.reshape(found, (2, FIELDS, WIDTH, 2, 4, 8, 4))
@@ -207,17 +244,19 @@ def read_cell(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    GROUPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Read a cell's numbers up to scale, tensor scale and `left_to_factor`: [64, 128]."""
     if GRID == AFFINE:
-        return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, DTYPE)
-    elif (GRID == E2M1 or GRID == E4M3 or GRID == E5M2) and DTYPE != tl.float32:
-        return read_floats(w.words, at, GRID, SUBS, SCALE, DTYPE)
+        return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, GROUPED, DTYPE)
+    elif GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
+        HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.float32 else DTYPE
+        return raised(read_floats(w.words, at, GRID, HALF), GRID, SUBS, SCALE, DTYPE)
     elif GRID == TABLE and BITS <= 8 and TABLE_BY != "row":
-        number = look_up(w, cell, at, BITS, TABLE_BY)
+        number = look_up(w, cell, at, BITS, TABLE_BY, GROUPED)
         if POINTS:
-            number -= spread(point, SUBS).to(tl.float32)
+            number -= spread(point, SUBS, GROUPED).to(tl.float32)
         return number
     else:
         codes = read_codes(w.words, at, BITS)
@@ -227,12 +266,12 @@ def read_cell(
                 start += tl.load(w.table + cell)
             elif TABLE_BY == "column":
                 first = tl.load(w.block + cell) * COLUMNS
-                start = tl.load(w.table + first + tl.arange(0, COLUMNS))[None, :]
+                start = tl.load(w.table + first + column_at(GROUPED))[None, :]
             else:
                 row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
                 place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
-                start = spread(tl.load(w.table + place), SUBS)
-        number = looked_up(codes, w.tables, start, GRID, DTYPE)
+                start = spread(tl.load(w.table + place), SUBS, GROUPED)
+        number = looked_up(codes, w.tables, start, GRID)
         if GRID == TABLE and POINTS:
-            number -= spread(point, SUBS).to(tl.float32)
+            number -= spread(point, SUBS, GROUPED).to(tl.float32)
         return number

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from bitmosaic.backends._triton.layout import AFFINE, Kind
+from bitmosaic.backends._triton.layout import AFFINE, MIXED, Kind
 
 MOST_FROM_CODES = 256
 """Tokens up to which a weight is multiplied from its codes, if tuning found nothing else."""
+MOST_TOKENS = 128
+"""Tokens of a program."""
 _MOST_PARTS = 32
 """Parts of a sum: each costs a write and a read of the result in float32."""
 _WAVES = 4
@@ -46,24 +48,39 @@ class Choice:
         return asdict(self)
 
 
-def choose(device: torch.device, tokens: int, panels: int, across: int) -> Choice:
-    """Choose the sizes for so many tokens of a weight of so many panels, and cells across."""
+def choose(
+    device: torch.device, tokens: int, panels: int, across: int, most: int = MOST_TOKENS
+) -> Choice:
+    """Choose the sizes for so many tokens of a weight of so many panels, and cells across.
+
+    A program has at most `most` tokens.
+    """
     name, multiprocessors = _device(device)
     for entry in _tables().get(name, ()):
         if tokens <= entry["most_tokens"] and panels * across <= entry["most_cells"]:
             sizes = Choice(**entry["choice"])
+            sizes = replace(sizes, tokens=min(sizes.tokens, most))
             return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
     if tokens > MOST_FROM_CODES:
-        return Choice(128, 1, 4, 3, dense=True)
-    size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+        return Choice(MOST_TOKENS, 1, 4, 3, dense=True)
+    size = next((size for size in (8, 16, 32, 64) if tokens <= size), MOST_TOKENS)
+    size = min(size, most)
     sizes = Choice(size, 0, unroll=2 if size == 8 else 1)
     return _split(sizes, tokens, panels, across, multiprocessors)
 
 
+def most_tokens(capability: int, kinds: Sequence[Kind]) -> int:
+    """Return the tokens of a program for whose sums there are registers."""
+    mixed = any(bits == MIXED for _, bits in kinds)
+    return (32 if capability == 8 else 64) if mixed else MOST_TOKENS
+
+
 def limits(capability: int, kinds: Sequence[Kind], tokens: int) -> dict[str, int]:
-    """Return what the compiler is told besides: for Blackwell it would rather spill a little."""
+    """Return what the compiler is told besides, where it would rather spill a little."""
     plain = tokens <= 16 and all(grid == AFFINE for grid, _ in kinds)
-    return {"maxnreg": 96} if capability >= 10 and plain else {}
+    if capability >= 10 and plain:
+        return {"maxnreg": 96}
+    return {"maxnreg": 128} if capability == 8 and tokens == 16 else {}
 
 
 def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors: int) -> Choice:

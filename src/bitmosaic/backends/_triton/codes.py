@@ -62,13 +62,13 @@ def masked(halves, shift, mask, bits, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def placed(halves, right, left, mask):
-    """Return (halves >> right << left) & mask of int16, two at once.
+def placed(halves, right, left, mask, bits):
+    """Return (halves >> right << left) & mask | bits of int16, two at once.
 
     A form of its own: as one with `masked`, FP8 had half an instruction a weight more.
     """
     if INTERPRETED:
-        return ((halves >> right) << left) & mask
+        return (((halves >> right) << left) & mask) | bits
     else:
         return tl.inline_asm_elementwise(
             """{
@@ -77,10 +77,10 @@ def placed(halves, right, left, mask):
             shr.b32 moved, $1, by;
             and.b32 by, $3, 15;
             shl.b32 moved, moved, by;
-            and.b32 $0, moved, $4;
+            lop3.b32 $0, moved, $4, $5, 0xea;
             }""",
-            "=r,r,r,r,r",
-            [halves, right, left, mask],
+            "=r,r,r,r,r,r",
+            [halves, right, left, mask, bits],
             dtype=tl.int16,
             is_pure=True,
             pack=2,
@@ -154,10 +154,8 @@ def read_codes(words, at, BITS: tl.constexpr):
     elif BITS == 16:
         return tl.reshape(read_threads(words, at, 16), (ROWS, COLUMNS)).to(tl.int32) & 0xFFFF
     else:
-        WIDTH: tl.constexpr = 4 if BITS == MIXED else BITS
-        return tl.reshape(read_fields(words, at, WIDTH, 1, 0, False)[0], (ROWS, COLUMNS)).to(
-            tl.int32
-        )
+        found = read_fields(words, at, BITS, 1, 0, False)[0]
+        return tl.reshape(found, (ROWS, COLUMNS)).to(tl.int32)
 
 
 @triton.jit
@@ -167,10 +165,13 @@ def whole(number):
 
 
 @triton.jit
-def moved(halves, by, mask):
-    """Move bits left, or right where `by` is negative, and keep those of `mask`."""
+def moved(halves, by, mask: tl.constexpr, bits=None):
+    """Move bits left, or right where `by` is negative, keep those of `mask`, and set `bits`."""
+    by = tl.full(halves.shape, 0, tl.int32) + by
     right, left = tl.where(by < 0, -by, 0).to(tl.int16), tl.where(by > 0, by, 0).to(tl.int16)
-    return placed(halves, right, left, tl.full(halves.shape, mask, tl.int16))
+    if bits is None:
+        bits = tl.full(halves.shape, 0, tl.int16)
+    return placed(halves, right, left, tl.full(halves.shape, mask, tl.int16), bits)
 
 
 @triton.jit
@@ -201,13 +202,15 @@ def left_to_factor(
 
 
 @triton.jit
-def raised(number, GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr):
-    """Give codes their size, if scales do not."""
-    DTYPE: tl.constexpr = number.dtype
+def raised(
+    number, GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Give codes in a 16-bit type their size, if scales do not, and make them DTYPE."""
     if shares_power(GRID, SUBS, SCALE, DTYPE):
         return number
     else:
-        return number * tl.full((1, 1), raising(GRID, DTYPE), tl.float32).to(DTYPE)
+        HALF: tl.constexpr = number.dtype
+        return (number * tl.full((1, 1), raising(GRID, HALF), tl.float32).to(HALF)).to(DTYPE)
 
 
 @triton.jit
@@ -233,95 +236,87 @@ def shifted(codes, GRID: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def read_floats(
-    words, at, GRID: tl.constexpr, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr
-):
+def nibbles(halves, DTYPE: tl.constexpr):
+    """Place E2M1 codes of half words [64, fields, columns of a field] as a wider type has them.
+
+    bfloat16 has the codes of three fields where they are, but for a shift (`layout.NIBBLES`).
+    """
+    UP: tl.constexpr = 6 if DTYPE == tl.bfloat16 else 9
+    field = tl.arange(0, 4)[None, :, None]
+    if DTYPE == tl.bfloat16:
+        three = moved(halves, 3 * field, 0x81C0 - 0x10000)
+    else:
+        three = moved(halves, 3 * field, -0x8000)
+        three = moved(halves, 3 * field + 3, 7 << UP, three)
+    last = moved(halves, 1, -0x8000)
+    last = moved(halves, UP - 11, 4 << UP, last)
+    return tl.where(field == 3, moved(halves, UP - 10, 3 << UP, last), three)
+
+
+@triton.jit
+def uppers(halves, bits, DTYPE: tl.constexpr):
+    """Place the upper parts of E4M3 codes of half words [64, 2, 4, 16] too (`layout.UPPERS`)."""
+    TO: tl.constexpr = 4 if DTYPE == tl.bfloat16 else 7
+    field = tl.arange(0, 4)[None, None, :, None]
+    three = moved(halves, TO - tl.where(field == 2, 9, 2 * field), 0x63 << TO, bits)
+    last = moved(halves, TO - 7, 0x60 << TO, bits)
+    last = moved(halves, TO - 10, 2 << TO, last)
+    return tl.where(field == 3, moved(halves, TO - 4, 1 << TO, last), three)
+
+
+@triton.jit
+def read_floats(words, at, GRID: tl.constexpr, DTYPE: tl.constexpr):
     """Read codes of sign, exponent and fraction as a 16-bit type [64, 128], as `shifted` does.
 
-    They are too small by `left_to_factor`.
+    They are too small by `raising`.
     """
-    BITS: tl.constexpr = 4 if GRID == E2M1 else 8
-    FRACTION: tl.constexpr = 3 if GRID == E4M3 else (2 if GRID == E5M2 else 1)
-    ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
-    SHAPE: tl.constexpr = (ROWS, 16 // BITS, 8 * BITS)
-    halves = tl.broadcast_to(read_threads(words, at, BITS), SHAPE)
-    first = BITS * tl.broadcast_to(tl.arange(0, 16 // BITS)[None, :, None], SHAPE)
-    UP: tl.constexpr = ROOM - FRACTION
-    bits = moved(halves, UP - first, ((1 << (BITS - 1)) - 1) << UP)
-    bits |= moved(halves, 16 - BITS - first, -32768)
-    return raised(tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS)), GRID, SUBS, SCALE)
+    if GRID == E2M1:
+        halves = tl.broadcast_to(read_threads(words, at, 4), (ROWS, 4, 32))
+        bits = nibbles(halves, DTYPE)
+    else:
+        UP: tl.constexpr = (7 if DTYPE == tl.bfloat16 else 10) - (3 if GRID == E4M3 else 2)
+        SHAPE: tl.constexpr = (ROWS, 2, 64)
+        halves = tl.broadcast_to(read_threads(words, at, 8), SHAPE)
+        first = 8 * tl.arange(0, 2)[None, :, None]
+        bits = moved(halves, UP - first, 127 << UP, moved(halves, 8 - first, -0x8000))
+    return tl.reshape(bits.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
 
 
 @triton.jit
-def read_high(w, cell):
-    """Read the high four bits of a mixed cell's E4M3 blocks.
+def read_uppers(w, cell):
+    """Read the upper parts of a mixed cell's E4M3 blocks, 0 of others: int16 [64, 2, 1, 16].
 
-    Returns int32 [64, 8, 4]: four nibbles, of the columns 8 q + 2 quarter + h of a block, at bit
-    8 q + 4 h; and whether a block is E4M3, [64, 8, 4].  Each thread loads what it multiplies.
+    Each thread loads those of its own blocks: (block of a thread, word of it, quarter, half).
     """
-    thread = tl.arange(0, 128)[None, None, :]
-    row = thread // 32 * 16 + thread // 4 % 8 + 8 * tl.arange(0, 2)[:, None, None]
-    place = cell.to(tl.int64) * ROWS + row
-    flags = tl.load(w.flags + place).to(tl.int32)
-    block = tl.arange(0, 8)[None, :, None]
-    before = flags & ((1 << block) - 1)
-    before = (before & 0x55) + ((before >> 1) & 0x55)
-    before = (before & 0x33) + ((before >> 2) & 0x33)
-    before = (before & 0x0F) + (before >> 4)
-    number = tl.load(w.high_first + place) + before
-    wide = (flags >> block) & 1
-    found = tl.load(w.high + number.to(tl.int64) * 4 + thread % 4, mask=wide > 0, other=0)
-    return of_rows(found.to(tl.int32) & 0xFFFF), of_rows(wide)
+    thread = tl.arange(0, 128)[None, None, :, None]
+    row = thread // 32 * 16 + thread // 4 % 8 + 8 * tl.arange(0, 2)[:, None, None, None]
+    flags = tl.load(w.flags + cell.to(tl.int64) * ROWS + row)
+    quarter = thread % 4
+    own, before = flags >> 2 * quarter, flags & ((1 << 2 * quarter) - 1)
+    before = (before & 0x15) + ((before >> 1) & 0x15)
+    before = (before & 3) + ((before >> 2) & 3) + (before >> 4)
+    block = tl.arange(0, 2)[None, :, None, None]
+    number = tl.load(w.high_first + cell) + (flags >> 8) + before + block * (own & 1)
+    place = number.to(tl.int64) * 4 + tl.arange(0, 4)[None, None, None, :]
+    found = tl.load(w.high + place, mask=(own >> block & 1) > 0, other=0)
+    found = tl.reshape(found, (2, 2, 4, 8, 4, 2, 2))  # upper rows, block, w, l, c, word, half
+    return tl.reshape(tl.permute(found, (2, 0, 3, 1, 5, 4, 6)), (ROWS, 2, 1, 16))
 
 
 @triton.jit
-def of_rows(each):
-    """Reorder [upper rows, blocks, threads] to [64, 8, 4]."""
-    each = tl.reshape(each, (2, 8, 4, 8, 4))
-    return tl.reshape(tl.permute(each, (2, 0, 3, 1, 4)), (ROWS, 8, 4))
+def read_blocks(w, cell, at, DTYPE: tl.constexpr):
+    """Read a mixed cell's numbers as a 16-bit type [64, 128].
 
-
-@triton.jit
-def read_bytes_of_blocks(w, cell, at):
-    """Read the codes of a mixed cell, int32 [64, 128], and which are E4M3."""
-    high, wide = read_high(w, cell)
-    shift = 8 * tl.arange(0, 2)[:, None, None] + 4 * tl.arange(0, 2)[None, None, :]
-    high = tl.broadcast_to(high[:, :, None, :, None], (ROWS, 8, 2, 4, 2))
-    high = tl.reshape((high >> shift[None, None]) & 15, (ROWS, COLUMNS))
-    wide = tl.broadcast_to(wide[:, :, None, :, None], (ROWS, 8, 2, 4, 2))
-    wide = tl.reshape(wide, (ROWS, COLUMNS))
-    return read_codes(w.words, at, MIXED) | (high << 4), wide > 0
-
-
-@triton.jit
-def read_blocks(w, cell, at, SUBS: tl.constexpr, SCALE: tl.constexpr, DTYPE: tl.constexpr):
-    """Read a mixed cell in a 16-bit type: its E2M1 numbers and its E4M3 numbers, 0 elsewhere.
-
-    They are too small by `left_to_factor`.
+    They are too small by `raising`, each by that of its own grid.
     """
-    ROOM: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
-    SHAPE: tl.constexpr = (ROWS, 8, 2, 4, 2)  # block, q, quarter, half
-    high, wide = read_high(w, cell)
-    both = (high[:, :, None, :, None] >> 4 * tl.arange(0, 2)[None, None, None, None, :]).to(
-        tl.int16
-    )
-    both = tl.broadcast_to(both, SHAPE)
-    q = tl.arange(0, 2)[None, None, :, None, None]
-    block = tl.arange(0, 8)[None, :, None, None, None]
-    first = tl.broadcast_to(4 * (block // 2), SHAPE)
-    second = tl.broadcast_to(8 * q, SHAPE)
     low = tl.broadcast_to(read_threads(w.words, at, 4), (ROWS, 4, 32))
-    low = tl.reshape(low, SHAPE)
-    here = tl.broadcast_to((0 - wide).to(tl.int16)[:, :, None, :, None], SHAPE)
-    every = tl.full(SHAPE, -1, tl.int16)
-    zero = tl.full(SHAPE, 0, tl.int16)
-    NARROW: tl.constexpr = ROOM - 1
-    narrow = moved(low, NARROW - first, 7 << NARROW) | moved(low, 12 - first, -32768)
-    narrow = placed(narrow, zero, zero, here ^ every)
-    WIDE: tl.constexpr = ROOM - 3
-    broad = moved(low, WIDE - first, 15 << WIDE) | moved(both, 12 - second, -32768)
-    broad |= moved(both, WIDE + 4 - second, 7 << (WIDE + 4))
-    broad = placed(broad, zero, zero, here)
-    narrow = tl.reshape(narrow.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
-    broad = tl.reshape(broad.to(DTYPE, bitcast=True), (ROWS, COLUMNS))
-    return raised(narrow, E2M1, SUBS, SCALE), raised(broad, E4M3, SUBS, SCALE)
+    low = tl.reshape(nibbles(low, DTYPE), (ROWS, 2, 4, 16))
+    high = tl.broadcast_to(read_uppers(w, cell), (ROWS, 2, 4, 16))
+    return tl.reshape(uppers(high, low, DTYPE).to(DTYPE, bitcast=True), (ROWS, COLUMNS))
+
+
+@triton.jit
+def wide(w, cell, SUBS: tl.constexpr):
+    """Tell which groups of a mixed cell are E4M3: [64, SUBS]."""
+    flags = tl.load(w.flags + cell.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None])
+    return ((flags >> tl.arange(0, SUBS)[None, :] // (SUBS // 8)) & 1) > 0

@@ -12,9 +12,10 @@ from bitmosaic.backends._triton.codes import (
     E4M3,
     MIXED,
     ROWS,
-    read_bytes_of_blocks,
+    raising,
+    read_blocks,
     row_words,
-    shifted,
+    wide,
 )
 
 
@@ -36,6 +37,7 @@ def kind_decode(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATHER: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -45,21 +47,25 @@ def kind_decode(
     cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
     factor = tl.load(w.factors + 2 * INDEX)
-    for number in range(cells * part // PARTS, cells * (part + 1) // PARTS):
+    # What the loops of several kinds have in common would not fit the registers beside them.
+    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, disable_licm=True):
         cell = first + number
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, tl.float32)
-        scale = spread(scale.to(tl.float32), SUBS)
+        scale = spread(scale.to(tl.float32), SUBS, GROUPED)
         if BITS == MIXED:
-            codes, wide = read_bytes_of_blocks(w, cell, at)
-            narrow = shifted(codes & 15, E2M1, tl.float32)
-            value = tl.where(wide, shifted(codes, E4M3, tl.float32), narrow) * scale
-            value *= tl.where(wide, tl.load(w.factors + 2 * INDEX + 1), factor)
+            broad = spread(wide(w, cell, SUBS).to(tl.int32), SUBS, GROUPED) > 0
+            value = read_blocks(w, cell, at, tl.bfloat16).to(tl.float32)
+            value *= tl.where(broad, raising(E4M3, tl.bfloat16), raising(E2M1, tl.bfloat16))
+            value = value * scale * tl.where(broad, tl.load(w.factors + 2 * INDEX + 1), factor)
         else:
             value = read_cell(
-                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, tl.float32
+                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, GROUPED, tl.float32
             )
             value = value * scale * factor
+        if GROUPED:  # back to the order of columns: rows are written whole
+            value = tl.permute(tl.reshape(value, (ROWS, 16, 4, 2)), (0, 2, 1, 3))
+            value = tl.reshape(value, (ROWS, COLUMNS))
         column = tl.load(w.block + cell) * COLUMNS + tl.arange(0, COLUMNS)
         if GATHER:
             column = tl.load(w.columns + column)
@@ -83,6 +89,7 @@ def decode(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     PICK: tl.constexpr,
@@ -120,6 +127,7 @@ def decode(
             SCALE,
             POINTS,
             TABLE_BY,
+            GROUPED,
             GATHER,
             PARTS,
         )

@@ -25,16 +25,17 @@ import triton.language as tl
 
 from bitmosaic.backends._triton.cells import read_cell, read_scales, scaled
 from bitmosaic.backends._triton.codes import (
+    AFFINE,
     COLUMNS,
     E2M1,
     E4M3,
     MIXED,
     ROWS,
     left_to_factor,
+    raised,
     read_blocks,
-    read_bytes_of_blocks,
     row_words,
-    shifted,
+    wide,
 )
 from bitmosaic.backends._triton.results import deliver
 
@@ -51,39 +52,71 @@ def read_inputs(
     base,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    MOVE: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    """Read what a cell multiplies: x^T, [128, tokens]; of ONE token as many copies."""
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    """Read what a cell multiplies: x^T, [128, tokens]; of ONE token as many copies.
+
+    With MOVE columns are put into the places of cells with more than one scale a row.
+    """
+    if MOVE:  # q, c, h
+        column = tl.arange(0, 16)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
+        column += block * COLUMNS + tl.arange(0, 4)[None, :, None] * 32
+    else:
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
     if GATHER:
         column = tl.load(columns + column)
         inside = column >= 0
     else:
         column -= base
         inside = column < width
+    TOKENS: tl.constexpr = token.shape[0]
     if ONE:
         KNOWN: tl.constexpr = GATHER or CUT
         mask = inside if KNOWN else None
         values = tl.load(
             x + column, mask=mask, other=0.0 if KNOWN else None, eviction_policy="evict_last"
         )
-        return tl.broadcast_to(values[:, None], (COLUMNS, token.shape[0]))
+        return tl.broadcast_to(tl.reshape(values, (COLUMNS,))[:, None], (COLUMNS, TOKENS))
     else:
-        known = token[None, :] < tokens
+        token = tl.reshape(token, (1, 1, 1, TOKENS) if MOVE else (1, TOKENS))
+        column = tl.expand_dims(column, -1)
+        known = token < tokens
         if GATHER or CUT:
-            known = known & inside[:, None]
-        place = token[None, :].to(tl.int64) * stride + column[:, None]
-        return tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
+            known = known & tl.expand_dims(inside, -1)
+        place = token.to(tl.int64) * stride + column
+        values = tl.load(x + place, mask=known, other=0.0, eviction_policy="evict_last")
+        return tl.reshape(values, (COLUMNS, TOKENS))
 
 
 @triton.jit
-def put_in_order(x, stride, columns, y, padded, SIZE: tl.constexpr):
-    """Write inputs to y [tokens, padded] in prepared order."""
+def put_in_order(
+    x,
+    stride,
+    width,
+    columns,
+    y,
+    padded,
+    GATHER: tl.constexpr,
+    MOVE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Write inputs [tokens, width] to y [tokens, padded] in prepared order.
+
+    With MOVE columns are put into the places of cells with more than one scale a row.
+    """
     place = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     here = place < padded
-    column = tl.load(columns + place, mask=here, other=-1)
+    column = place
+    if MOVE:
+        column = place // COLUMNS * COLUMNS + place // 2 % 4 * 32 + place // 8 % 16 * 2 + place % 2
+    if GATHER:
+        column = tl.load(columns + column, mask=here, other=-1)
+        inside = column >= 0
+    else:
+        inside = column < width
     token = tl.program_id(0).to(tl.int64)
-    values = tl.load(x + token * stride + column, mask=column >= 0, other=0.0)
+    values = tl.load(x + token * stride + column, mask=here & inside, other=0.0)
     tl.store(y + token * padded + place, values, mask=here)
 
 
@@ -91,6 +124,21 @@ def put_in_order(x, stride, columns, y, padded, SIZE: tl.constexpr):
 def product(weights, inputs):
     """Multiply on tensor cores; float32 inputs in full precision."""
     return tl.dot(weights.to(inputs.dtype), inputs, input_precision="ieee")
+
+
+@triton.jit
+def add_groups(total, weights, inputs, scale, SUBS: tl.constexpr):
+    """Add products of groups, each scaled by itself: [64, 128], [128, tokens], [64, SUBS]."""
+    if SUBS == 1:
+        return total + product(weights, inputs) * scale
+    else:
+        HALF: tl.constexpr = weights.shape[1] // 2
+        TOKENS: tl.constexpr = inputs.shape[1]
+        weights = tl.split(tl.permute(tl.reshape(weights, (ROWS, 2, HALF)), (0, 2, 1)))
+        inputs = tl.split(tl.permute(tl.reshape(inputs, (2, HALF, TOKENS)), (1, 2, 0)))
+        scale = tl.split(tl.permute(tl.reshape(scale, (ROWS, 2, SUBS // 2)), (0, 2, 1)))
+        total = add_groups(total, weights[0], inputs[0], scale[0], SUBS // 2)
+        return add_groups(total, weights[1], inputs[1], scale[1], SUBS // 2)
 
 
 @triton.jit
@@ -115,6 +163,7 @@ def kind_product(
     TABLE_BY: tl.constexpr,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    GROUPED: tl.constexpr,
     MANY: tl.constexpr,
     ONE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -123,6 +172,11 @@ def kind_product(
 ):
     """Add the product of one part of a panel's cells of one kind to the sums [64, tokens]."""
     WORDS: tl.constexpr = row_words(BITS)
+    MOVE: tl.constexpr = GROUPED and token.shape[0] <= 8  # more are in their places already
+    # Groups of whole numbers are multiplied one by one, without rounding, then scaled, as long as
+    # there are registers for the sums of all.
+    PLAIN: tl.constexpr = GRID == AFFINE and not GROUPED and SCALE == "pair"
+    EXACT: tl.constexpr = PLAIN and SUBS <= 8 and token.shape[0] <= 32
     first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
     cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
@@ -139,32 +193,57 @@ def kind_product(
         cell = first + number
         block = tl.load(w.block + cell)
         inputs = read_inputs(
-            x, stride, w.columns, block, token, tokens, width, base, GATHER, CUT, ONE
+            x, stride, w.columns, block, token, tokens, width, base, GATHER, CUT, MOVE, ONE
         )
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
-            if inputs.dtype == tl.float32:
-                codes, wide = read_bytes_of_blocks(w, cell, at)
-                narrow = tl.where(wide, 0.0, shifted(codes & 15, E2M1, tl.float32))
-                broad = tl.where(wide, shifted(codes, E4M3, tl.float32), 0.0)
-            else:
-                narrow, broad = read_blocks(w, cell, at, SUBS, SCALE, inputs.dtype)
-            narrow = scaled(narrow, scale, E2M1, SUBS, SCALE, inputs.dtype)
-            broad = scaled(broad, scale, E4M3, SUBS, SCALE, inputs.dtype)
+            # Each tensor scale has a product of its own, in which the other blocks are 0.
+            HALF: tl.constexpr = tl.bfloat16 if inputs.dtype == tl.float32 else inputs.dtype
+            number, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
+            zero = tl.full(scale.shape, 0.0, scale.dtype)
+            narrow = scaled(
+                raised(number, E2M1, SUBS, SCALE, inputs.dtype),
+                tl.where(broad, zero, scale),
+                E2M1,
+                SUBS,
+                SCALE,
+                GROUPED,
+                inputs.dtype,
+            )
+            broad = scaled(
+                raised(number, E4M3, SUBS, SCALE, inputs.dtype),
+                tl.where(broad, scale, zero),
+                E4M3,
+                SUBS,
+                SCALE,
+                GROUPED,
+                inputs.dtype,
+            )
             LEFT: tl.constexpr = left_to_factor(E2M1, SUBS, SCALE, inputs.dtype)
             OTHER: tl.constexpr = left_to_factor(E4M3, SUBS, SCALE, inputs.dtype)
             total += product(narrow, inputs) * (factor * LEFT)
             total += product(broad, inputs) * (tl.load(factors + 1) * OTHER)
         else:
             weights = read_cell(
-                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, inputs.dtype
+                w,
+                cell,
+                at,
+                point,
+                GRID,
+                BITS,
+                SUBS,
+                SCALE,
+                POINTS,
+                TABLE_BY,
+                GROUPED,
+                inputs.dtype,
             )
-            if SUBS == 1:
-                total += product(weights, inputs) * (scale.to(tl.float32) * factor)
+            if SUBS == 1 or (EXACT and inputs.dtype != tl.float32):
+                total = add_groups(total, weights, inputs, scale.to(tl.float32) * factor, SUBS)
             else:
                 POWER: tl.constexpr = left_to_factor(GRID, SUBS, SCALE, inputs.dtype)
-                each = scaled(weights, scale, GRID, SUBS, SCALE, inputs.dtype)
+                each = scaled(weights, scale, GRID, SUBS, SCALE, GROUPED, inputs.dtype)
                 total += product(each, inputs) * (factor * POWER)
     return total
 
@@ -187,6 +266,7 @@ def panel_product(
     TABLE_BY: tl.constexpr,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    GROUPED: tl.constexpr,
     MANY: tl.constexpr,
     ONE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -218,6 +298,7 @@ def panel_product(
             TABLE_BY,
             GATHER,
             CUT,
+            GROUPED,
             MANY,
             ONE,
             PARTS,
@@ -282,6 +363,7 @@ def multiply(
     TABLE_BY: tl.constexpr,
     GATHER: tl.constexpr,
     CUT: tl.constexpr,
+    GROUPED: tl.constexpr,
     SCATTER: tl.constexpr,
     OUTLIERS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -315,6 +397,7 @@ def multiply(
         TABLE_BY,
         GATHER,
         CUT,
+        GROUPED,
         MANY,
         ONE,
         TOKENS,

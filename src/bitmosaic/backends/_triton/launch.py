@@ -72,6 +72,7 @@ class Ready:
             "SCALE": prepared.scale_type,
             "POINTS": prepared.scale_type == "pair" or arrays.points.numel() > 0,
             "TABLE_BY": prepared.table_by,
+            "GROUPED": prepared.grouped,
             "SCATTER": rows.numel() > 0,
         }
         self.columns = arrays.columns
@@ -85,6 +86,7 @@ class Ready:
         self.capability = (
             torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         )
+        self.most = choices.most_tokens(self.capability, prepared.kinds)
         # Cells that look up, or that mix, need the registers for themselves.
         self.simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
         self.cut = prepared.padded != prepared.width
@@ -228,16 +230,16 @@ def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> No
 def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
     """Write x W^T unit + bias into y; many tokens are multiplied by a decoded copy."""
     tokens, bias_given = x.shape[0], bias is not None
-    choice = choices.choose(x.device, tokens, ready.panels, ready.across)
+    choice = choices.choose(x.device, tokens, ready.panels, ready.across, ready.most)
     if choice.dense and x.dtype == y.dtype and unit == 1.0:
         weight = decode(ready, None, x.dtype, stored=True)
         y.copy_(functional.linear(in_order(ready, x), weight, bias).view(y.shape))
         return
     if x.stride(1) != 1:
         x = x.contiguous()
-    given, width, gather = x, ready.width, ready.ordered
-    if gather and choice.tokens > _MOST_GATHERED:
-        x, gather = in_order(ready, x), False
+    given, width, gather, move = x, ready.width, ready.ordered, ready.prepared.grouped
+    if (gather or move) and choice.tokens > _MOST_GATHERED:
+        x, gather = in_order(ready, x, move), False
         width = x.shape[1]
     bias = y if bias is None else bias
     parts, counts = _shared(ready, tokens, choice, x.device)
@@ -259,7 +261,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         ready.out,
         **ready.constants,
         GATHER=gather,
-        CUT=ready.cut and not ready.ordered,
+        CUT=ready.cut and not gather and x is given,
         OUTLIERS=ready.outliers,
         BIAS=bias_given,
         MANY=len(ready.members) > 0,
@@ -274,15 +276,28 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     pairs.check(compiled)
 
 
-def in_order(ready: Ready, x: Tensor) -> Tensor:
-    """Return inputs in prepared order, zeros where there is none: of one weight, or of all."""
-    if not ready.ordered:
+def in_order(ready: Ready, x: Tensor, move: bool = False) -> Tensor:
+    """Return inputs in prepared order, zeros where there is none: of one weight, or of all.
+
+    `move`: in the places of the product's cells.
+    """
+    if not ready.ordered and not move:
         return x
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = torch.empty(x.shape[0], ready.columns.numel(), dtype=x.dtype, device=x.device)
-    grid = (x.shape[0], -(-y.shape[1] // _GATHERED_AT_ONCE))
-    kernels.put_in_order[grid](x, x.stride(0), ready.columns, y, y.shape[1], SIZE=_GATHERED_AT_ONCE)
+    padded = ready.columns.numel() or ready.prepared.padded
+    y = torch.empty(x.shape[0], padded, dtype=x.dtype, device=x.device)
+    kernels.put_in_order[x.shape[0], -(-padded // _GATHERED_AT_ONCE)](
+        x,
+        x.stride(0),
+        ready.width,
+        ready.columns,
+        y,
+        padded,
+        GATHER=ready.ordered,
+        MOVE=move,
+        SIZE=_GATHERED_AT_ONCE,
+    )
     return y
 
 

@@ -19,9 +19,14 @@ before the next chunk of all.
 Three bits: five codes in each half of three words t, for q = 5 t + j, and bit t of the code of
 q = 15 as the uppermost bit of the half.  Words 0 and 1 of all threads come before words 2.
 
-Blocks of 16 columns that are E2M1 in one row and E4M3 in the next keep the low four bits of every
-code in the cell as codes of four bits, and the high four bits of E4M3 blocks one behind the other
-in `high`, so that they take the file's size.
+E2M1: the bits of code j of a half are where `NIBBLES` says, three of four as bfloat16 has them, but
+for a shift.  Blocks of 16 columns that are E2M1 in one row and E4M3 in the next are kept as those:
+of s eeee mmm the cell has s, the lower two e and the upper m, as if it were E2M1, and the other
+four bits of E4M3 blocks lie one behind the other in `high`, so that they take the file's size.
+
+In cells of float types with more than one scale a row columns change places, so that a thread has
+whole groups: place 8 q + 2 c + h is column 32 c + 2 q + h (`grouped`), in codes and in inputs.
+Groups of whole numbers stay one after another, since each is multiplied, then scaled.
 
 Nothing is read as single bytes: where Triton finds a load of 8 bits, it lets threads hold four
 neighbouring columns, and numbers would have to move.
@@ -39,11 +44,12 @@ other, each weight with its own place in the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bitmosaic.activations import Rule
@@ -57,6 +63,10 @@ MIXED = 12
 """Bits of a cell of E2M1 and E4M3 blocks."""
 BLOCK = 16
 """Columns of such a block."""
+NIBBLES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+"""Where half a word has the bits of each of four E2M1 codes, the lowest first."""
+UPPERS = ((0, 1, 5, 6), (2, 3, 7, 8), (9, 10, 14, 15), (4, 11, 12, 13))
+"""Where it has the other bits of each of four E4M3 codes: the lower two m and the upper two e."""
 
 Kind = tuple[int, int]
 """(grid, bits) of a cell's codes."""
@@ -77,10 +87,11 @@ class Arrays(NamedTuple):
         factors: [kinds, 2] tensor scales; of a mixed kind E2M1's and E4M3's.
         tables: values of grids, float32; those of index 0 to 255 are 0.
         table: where the table starts: [cells], [padded] or [cells, 64, 128 / sub].
-        flags: [cells, 64] of a mixed kind: bit b says that block b is E4M3.
-        high: the high halves of these blocks, four int16 each: number c has column 8 q + 2 c + h at
-            bit 8 q + 4 h.
-        high_first: [cells, 64] number of a row's first such block.
+        flags: [cells, 64] of a mixed kind: bit b < 8 says that block b is E4M3, the bits above how
+            many such blocks the rows before have.
+        high: the other parts of these blocks, four int16 each: half h of word t has columns
+            4 j + 2 t + h, their bits where `UPPERS` says of code j.
+        high_first: [cells] number of a cell's first such block.
         outlier_first: [panels + 1] of the outliers, which are in order of rows; empty for none.
         outlier_rows: stored row within the panel.
         outlier_columns: in_channel.
@@ -143,6 +154,11 @@ class Prepared:
     base: int = 0
 
     @property
+    def grouped(self) -> bool:
+        """Whether columns have changed places."""
+        return are_grouped(self.kinds, self.sub)
+
+    @property
     def out(self) -> int:
         """All out_channels."""
         return sum(self.outs)
@@ -169,6 +185,11 @@ class Prepared:
         return pairs and all(grid == AFFINE for grid, _ in self.kinds)
 
 
+def are_grouped(kinds: Sequence[Kind], sub: int) -> bool:
+    """Tell whether columns change places, so that threads have whole groups."""
+    return sub < COLUMNS and any(grid != AFFINE for grid, _ in kinds)
+
+
 def row_words(kind: Kind) -> int:
     """Words that a row of a cell takes, without the high halves of a mixed one."""
     return 16 if kind[1] == MIXED else COLUMNS * kind[1] // 32
@@ -191,8 +212,8 @@ def pack(codes: Int[Tensor, "cells 64 128"], kind: Kind) -> Int[Tensor, "cells h
         parts = [halves[:, :, :, :, :2], halves[:, :, :, :, 2:]]
     else:
         fields = codes.unflatten(4, (16 // bits, bits))
-        shifts = bits * torch.arange(16 // bits, device=codes.device).view(-1, 1, 1, 1)
-        parts = [(fields << shifts).sum(4, dtype=torch.int32)]
+        places = NIBBLES if kind[0] == E2M1 else [range(b, b + bits) for b in range(0, 16, bits)]
+        parts = [_placed(fields, 4, places)]
     return torch.cat([_chunks(part.to(torch.int16)) for part in parts], dim=1)
 
 
@@ -203,9 +224,26 @@ def _chunks(halves: Tensor) -> Tensor:
     return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
 
 
+def grouped(cells: Shaped[Tensor, "cells 64 128"]) -> Shaped[Tensor, "cells 64 128"]:
+    """Put the columns of cells into the places where threads have whole groups."""
+    return cells.unflatten(2, (4, 16, 2)).transpose(2, 3).flatten(2)
+
+
 def pack_high(codes: Int[Tensor, "blocks 16"]) -> Int[Tensor, " halves"]:
-    """Pack the high four bits of blocks, as `Arrays.high` says."""
-    bits = codes.to(torch.int32).view(-1, 2, 4, 2)
-    shifts = 8 * torch.arange(2, device=codes.device)[:, None, None]
-    shifts = shifts + 4 * torch.arange(2, device=codes.device)
-    return (bits << shifts).sum((1, 3), dtype=torch.int32).to(torch.int16).flatten()
+    """Pack what E4M3 codes have more than E2M1 ones, as `Arrays.high` says."""
+    bits = codes.to(torch.int32).view(-1, 4, 2, 2)
+    return _placed((bits & 3) | (bits >> 5 & 3) << 2, 1, UPPERS).to(torch.int16).flatten()
+
+
+def narrowed(codes: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """Return what a mixed cell has of E4M3 codes."""
+    return codes >> 2 & 7 | codes >> 4 & 8
+
+
+def _placed(fields: Tensor, dim: int, places: Sequence[Sequence[int]]) -> Tensor:
+    """Put the fields along a dimension into halves, each bit at its place."""
+    halves = torch.zeros_like(fields.select(dim, 0))
+    for field, bits in zip(fields.unbind(dim), places, strict=True):
+        for bit, place in enumerate(bits):
+            halves |= (field >> bit & 1) << place
+    return halves

@@ -35,6 +35,7 @@ def form(weight: Prepared) -> Hashable | None:
     return (
         weight.width,
         weight.sub,
+        weight.grouped,
         weight.scale_type,
         weight.table_by,
         arrays.words.device,
@@ -62,7 +63,7 @@ def merge(weights: Sequence[Prepared]) -> Prepared:
                 first=first,
                 start=start,
                 factors=factors,
-                flags=_of_cells(arrays.flags, arrays) if halved else arrays.flags,
+                flags=_of_cells(arrays.flags, arrays, ROWS) if halved else arrays.flags,
                 high_first=_of_cells(arrays.high_first, arrays) if halved else arrays.high_first,
                 outlier_first=_outlier_first(arrays) if spread else arrays.outlier_first,
             )
@@ -135,9 +136,9 @@ def _rows(weight: Prepared) -> Tensor:
     return torch.where(every < weight.out, every, -1)
 
 
-def _of_cells(array: Tensor, arrays: Arrays) -> Tensor:
-    """Return an array of [cells, 64], of zeros where the weight has none."""
-    return array if array.numel() else array.new_zeros(arrays.block.numel(), ROWS)
+def _of_cells(array: Tensor, arrays: Arrays, *shape: int) -> Tensor:
+    """Return an array of cells, of zeros where the weight has none."""
+    return array if array.numel() else array.new_zeros(arrays.block.numel(), *shape)
 
 
 def _outlier_first(arrays: Arrays) -> Tensor:

@@ -23,6 +23,9 @@ from bitmosaic.backends._triton.layout import (
     Arrays,
     Kind,
     Prepared,
+    are_grouped,
+    grouped,
+    narrowed,
     pack,
     pack_high,
     row_words,
@@ -51,6 +54,8 @@ class _Cells:
         order: [padded] stored column of each prepared column, -1 for none.
         kinds: kinds of cells that there are.
         panel, block, kind: of each cell, in the order in which they are kept.
+        mixes: whether there are mixed cells.
+        wide: [cells, 64, 8] which blocks of these are E4M3.
     """
 
     def __init__(self, tensor: QuantizedTensor) -> None:
@@ -69,6 +74,8 @@ class _Cells:
         kind = kind[panel, block]
         sort = torch.argsort(panel * len(self.kinds) + kind, stable=True)
         self.panel, self.block, self.kind = panel[sort], block[sort], kind[sort]
+        self.mixes = any(bits == MIXED for _, bits in self.kinds)
+        self.wide = self._wide() if self.mixes else torch.empty(0, device=self.device)
 
     def prepared(self, original: QuantizedTensor) -> Prepared:
         """Pack all arrays; `original` has the orders and the outliers."""
@@ -79,7 +86,7 @@ class _Cells:
         scale_type, scales, points = self._paired(*self._scales(folded, sub), self._points(sub))
         if table_by == "row":
             table = self._cells(table, sub)
-        words, start = self._words(codes)
+        words, start = self._words(codes, are_grouped(self.kinds, sub))
         columns, rows = orders.of(original, self.order)
         return Prepared(
             (self.out,),
@@ -246,13 +253,17 @@ class _Cells:
                 group = min(fmt.group or tile, tile)
                 numbers.append(self._tile_numbers() * -(-tile // group) + inside // group)
         return next(
-            step for step in (128, 64, 32, 16, 8, 4, 2, 1) if self._boundaries(step, numbers)
+            step
+            for step in (128, 64, 32, 16, 8, 4, 2, 1)
+            if self._boundaries(step, numbers) and not (self.mixes and step > BLOCK)
         )
 
     def _scales(self, folded: bool, sub: int) -> tuple[str, Tensor]:
         """Return how scales are kept, and those of all cells; 1 for formats without."""
         scaled = {f.scale_format for f in self.tensor.formats if f.bits and f.scale_format}
         affine = any(grid == AFFINE for grid, _ in self.kinds)
+        if self.mixes and not scaled:
+            scaled = {"e4m3"}
         if not scaled and not affine and not folded:
             return "none", torch.empty(0, device=self.device)
         factors, one = self._tensor_scales(), torch.ones((), device=self.device)
@@ -346,51 +357,56 @@ class _Cells:
         places = torch.arange(self.panels, device=self.device)[:, None] * kinds
         return ends[places + torch.arange(kinds + 1, device=self.device)].to(torch.int32)
 
-    def _words(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def _words(self, codes: Tensor, moved: bool) -> tuple[Tensor, Tensor]:
         """Pack the codes of all cells; also where each kind of each panel starts."""
         sizes = torch.tensor([ROWS * row_words(kind) for kind in self.kinds], device=self.device)
         ends = sizes[self.kind].cumsum(0)
         total = int(ends[-1]) if ends.numel() else 0
         words = torch.zeros(2 * total, dtype=torch.int16, device=self.device)
         begins = ends - sizes[self.kind]
+        raw = any(grid == RAW for grid, _ in self.kinds)
+        values = self._ordered(self.tensor.dequantize()) if raw else codes
         for number, kind in enumerate(self.kinds):
             here = torch.nonzero(self.kind == number).flatten()
             size = int(sizes[number])
             for part in here.split(max(1, (1 << 22) // size)):
+                numbers = values if kind[0] == RAW else codes
+                cells = self._cut(numbers)[self.panel[part], :, self.block[part]]
+                if kind[1] == MIXED:
+                    high = self.wide[part].repeat_interleave(BLOCK, 2)
+                    cells = torch.where(high, narrowed(cells), cells)
+                if moved:
+                    cells = grouped(cells)
                 if kind[0] == RAW:
-                    packed = self._decoded(part)
+                    packed = cells.contiguous().view(torch.int16).flatten(1)
                 else:
-                    cells = self._cut(codes)[self.panel[part], :, self.block[part]]
-                    packed = pack(cells & 15 if kind[1] == MIXED else cells, kind)
+                    packed = pack(cells, kind)
                 places = 2 * begins[part][:, None] + torch.arange(2 * size, device=self.device)
                 words[places.flatten()] = packed.flatten()
         ends = torch.cat([ends.new_zeros(1), ends])
         return words, (ends[self._first()[:, :-1].long()] // ROWS).to(torch.int32)
 
-    def _decoded(self, cells: Tensor) -> Tensor:
-        values = self._ordered(self.tensor.dequantize())
-        picked = self._cut(values)[self.panel[cells], :, self.block[cells]]
-        return picked.contiguous().view(torch.int16)
-
     def _halves(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the flags of mixed cells, the high halves, and where those of each row start."""
+        """Return `flags`, `high` and `high_first`."""
         empty = torch.empty(0, dtype=torch.int32, device=self.device)
-        if not any(bits == MIXED for _, bits in self.kinds):
-            return empty.to(torch.int16), empty.to(torch.int16), empty
+        if not self.mixes:
+            return empty, empty.to(torch.int16), empty
+        counts = self.wide.sum(2)
+        bits = (self.wide << torch.arange(COLUMNS // BLOCK, device=self.device)).sum(2)
+        flags = bits | (counts.cumsum(1) - counts) << COLUMNS // BLOCK
+        high = self._cells(codes).unflatten(2, (-1, BLOCK))[self.wide]
+        counts = counts.sum(1)
+        first = counts.cumsum(0) - counts
+        return flags.to(torch.int32), pack_high(high), first.to(torch.int32)
+
+    def _wide(self) -> Tensor:
+        """Tell which blocks of mixed cells are E4M3: [cells, 64, 8]."""
         wide = torch.tensor(
             [kind == (E4M3, 8) for kind in self.of_format] + [False] * (256 - len(self.of_format)),
             device=self.device,
         )
         mixed = torch.tensor([bits == MIXED for _, bits in self.kinds], device=self.device)
-        flags = self._cells(wide[self._formats().int()], BLOCK) & mixed[self.kind].view(-1, 1, 1)
-        weights = 1 << torch.arange(COLUMNS // BLOCK, device=self.device)
-        counts = flags.sum(2).flatten()
-        high = self._cells(codes).unflatten(2, (-1, BLOCK))[flags] >> 4
-        return (
-            (flags * weights).sum(2).to(torch.int16),
-            pack_high(high),
-            (counts.cumsum(0) - counts).view(flags.shape[:2]).to(torch.int32),
-        )
+        return self._cells(wide[self._formats().int()], BLOCK) & mixed[self.kind].view(-1, 1, 1)
 
 
 def _fours(scales: Tensor) -> Tensor:
