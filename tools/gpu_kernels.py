@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitmosaic.backends._triton import decoding, integers, kernels, layout, rounding
+from bitmosaic.backends._triton import decoding, inputs, integers, kernels, layout, rounding
 from bitmosaic.backends._triton.choices import limits
 from bitmosaic.backends._triton.launch import DECODE_WARPS
 from bitmosaic.backends._triton.layout import Arrays
@@ -40,9 +40,10 @@ from bitmosaic.backends._triton.pairs import torn
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have (CUDA programming guide, compute capabilities)."""
 TENSOR_CORE = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-"""With fewer than 16 tokens, and for int8 on Blackwell, Triton uses the oldest."""
+"""With fewer than 16 tokens, in slices and, on Blackwell, for int8, Triton uses the oldest."""
 WEIGHTS_A_THREAD = 64
 A = layout.AFFINE
+TABLE = layout.TABLE
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ PICK = {"PICK": True}
 EIGHT: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2}}
 ONE: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2, "ONE": True, "tokens": 1}}
 ONE_BY_ONE: dict[str, Any] = {"tokens": 8, "more": {"ONE": True, "tokens": 1}}
+EIGHT_BY_ONE: dict[str, Any] = {"tokens": 8}
+COLUMN: dict[str, Any] = {"scale": "none", "table_by": "column"}
+CMPQ = ((TABLE, 2), (TABLE, 3), (TABLE, 4), (layout.FP16, 16))
 CASES = (
     Case("int4, in order", ((A, 4),), gather=False, most=3.8),
     Case("int2, int3, int4", ((A, 2), (A, 3), (A, 4)), outliers=True, most=4.0),
@@ -89,18 +93,28 @@ CASES = (
     Case("int2, int3, int4 of many weights", ((A, 2), (A, 3), (A, 4)), more={"MANY": True}),
     Case("int1, int8", ((A, 1), (A, 8))),
     Case("int2, int4; 64 tokens", ((A, 2), (A, 4)), tokens=64, most=6.0),
-    Case("codebook3", ((layout.TABLE, 3),), scale="none", table_by="column", converts=True),
+    Case("codebook3", ((TABLE, 3),), **COLUMN),
+    Case("codebook2, codebook3, codebook4, fp16", CMPQ, **COLUMN),
     Case("nvfp4", ((layout.E2M1, 4),), **FP4),
     Case("nvfp4; one token", ((layout.E2M1, 4),), most=4.2, **FP4, **ONE),
     Case("fp8; one token", ((layout.E4M3, 8),), scale="none", most=4.2, **ONE),
+    Case("codebook3; one token", ((TABLE, 3),), most=3.6, **COLUMN, **ONE_BY_ONE),
     Case(
-        "codebook3; one token",
-        ((layout.TABLE, 3),),
-        scale="none",
-        table_by="column",
-        converts=True,
+        "codebook1, codebook2; one token",
+        ((TABLE, 1), (TABLE, 2)),
+        most=3.5,
+        **COLUMN,
         **ONE_BY_ONE,
     ),
+    Case("codebook4; one token", ((TABLE, 4),), most=5.0, **COLUMN, **ONE_BY_ONE),
+    Case(
+        "codebook4 of a tile, int4; one token",
+        ((A, 4), (TABLE, 4)),
+        table_by="cell",
+        **ONE_BY_ONE,
+    ),
+    Case("codebook2 to 4, fp16; eight tokens", CMPQ, dtype="fp16", **COLUMN, **EIGHT_BY_ONE),
+    Case("codebook8; one token", ((TABLE, 8),), converts=True, **COLUMN, **ONE_BY_ONE),
     Case(
         "nvfp4 and fp8 blocks; one token",
         ((layout.E2M1, layout.MIXED),),
@@ -144,10 +158,18 @@ def types(case: Case) -> Arrays:
     return Arrays(**(given | case.types))
 
 
+def eights(case: Case) -> int:
+    """Count the eights of entries of tables in registers."""
+    found = [2 if bits == 4 else 1 for grid, bits in case.kinds if grid == layout.TABLE]
+    return max(found, default=0) if case.table_by in ("cell", "column") else 0
+
+
 def source(case: Case) -> ASTSource:
     """Describe a kernel with its types, constants, and what is known of alignment."""
     home = next(
-        each for each in (kernels, integers, decoding, rounding) if hasattr(each, case.kernel)
+        each
+        for each in (kernels, inputs, integers, decoding, rounding)
+        if hasattr(each, case.kernel)
     )
     kernel = getattr(home, case.kernel)
     names = kernel.arg_names
@@ -165,6 +187,7 @@ def source(case: Case) -> ASTSource:
         "SUBS": layout.COLUMNS // case.sub,
         "SCALE": case.scale,
         "TABLE_BY": case.table_by,
+        "EIGHTS": eights(case),
         "GATHER": case.gather and (case.tokens <= 8 or not case.kernel.startswith("multiply")),
         "GROUPED": case.sub < layout.COLUMNS and any(grid != A for grid, _ in case.kinds),
         "MOVE": True,
@@ -180,6 +203,7 @@ def source(case: Case) -> ASTSource:
     constants = {name: each for name, each in (constants | case.more).items() if name in names}
     signature: dict[str, Any] = {
         "w": types(case),
+        "looks": "*i16",
         "x": "*i8" if case.kernel == "multiply_whole" else f"*{case.dtype}",
         **dict.fromkeys(("given", "y", "bias"), f"*{case.dtype}"),
         **dict.fromkeys(("parts", "scales", "sensitivity"), "*fp32"),
@@ -214,7 +238,11 @@ def compiled(task: tuple[Case, int]) -> dict[str, Any]:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, ptx))
 
-    old = case.tokens < 16 or (case.kernel == "multiply_whole" and architecture == 100)
+    old = (
+        case.tokens < 16
+        or eights(case)
+        or (case.kernel == "multiply_whole" and architecture == 100)
+    )
     core = TENSOR_CORE[80 if old else architecture]
     registers, spilled, code = assembled(ptx, architecture)
     turns = sorted(loops(code))[-max(1, len(case.kinds)) :]

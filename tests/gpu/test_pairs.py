@@ -10,7 +10,8 @@ from bitmosaic.backends._triton import pairs
 
 CODE = """#linear = #ttg.linear<{register = [[0, 0, 1], [0, 1, 0]], lane = [[0, 0, 2]]}>
 #other = #ttg.linear<{register = [[0, 1, 0], [0, 0, 1]], lane = [[0, 0, 2]]}>
-  %1 = tt.elementwise_inline_asm "x" %0 : tensor<64x4x8xi16, #linear> -> tensor<64x4x8xi16, LAYOUT>
+  %1 = tt.elementwise_inline_asm "x" {packed_element = 2 : i32} %0 : tensor<64x4x8xi16, #linear>\
+ -> tensor<64x4x8xi16, LAYOUT>
 """
 
 
@@ -27,3 +28,17 @@ def test_pairs_that_are() -> None:
     kernel = SimpleNamespace(asm={"ttgir": CODE.replace("LAYOUT", "#linear")})
     pairs.check(kernel)
     pairs.check(None)
+
+
+ORDER = (7, 3, 5, 2, 1)
+"""Axes of the 32 numbers that are looked up at once."""
+
+
+@pytest.mark.parametrize("order", [ORDER, (7, 3, 5, 1, 2), (7, 5, 3, 2, 1), (3, 7, 5, 2, 1)])
+def test_numbers_that_are_looked_up_at_once(order: tuple[int, ...]) -> None:
+    steps = [[int(axis == each) for axis in range(8)] for each in (*order, 0)]
+    code = f"#linear = #ttg.linear<{{register = {steps}, lane = [[0]]}}>\n" + (
+        "  %1 = tt.elementwise_inline_asm {packed_element = 32 : i32} %0 : "
+        "tensor<8x2xi16, #x> -> tensor<8x2x2x2x8x2x4x2xi16, #linear>\n"
+    )
+    assert pairs.torn(code) == (order != ORDER)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitmosaic.activations import ActivationRule
-from bitmosaic.backends._triton import launch
+from bitmosaic.backends._triton import weights
 from bitmosaic.backends.triton import TritonBackend
 from bitmosaic.bands import BandRule
 from bitmosaic.linear import QuantizedLinear
@@ -47,9 +47,9 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_same_arrays(name: str) -> None:
     tensor = WEIGHTS[name]()
-    here = launch.ready(tensor)
+    here = weights.ready(tensor)
     with pretended():
-        there = launch.ready(tensor.to(DEVICE))
+        there = weights.ready(tensor.to(DEVICE))
         for each, expected in (
             *zip(there.arrays, here.arrays, strict=True),
             (there.source, here.source),

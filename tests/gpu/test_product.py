@@ -74,7 +74,14 @@ def test_every_format(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("which", CHANNEL_WISE)
 def test_channels_with_grids_of_their_own(which: str) -> None:
     tensor = channel_wise(which, (70, 200), permuted=True)
-    check(tensor, tokens(3, 200, dtype=torch.float16))
+    for count, dtype in (
+        (1, TYPES[1]),
+        (3, TYPES[2]),
+        (12, TYPES[1]),
+        (40, TYPES[1]),
+        (3, TYPES[0]),
+    ):
+        check(tensor, tokens(count, 200, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -152,6 +159,17 @@ def test_prepared_weights_are_as_small_as_files(names: tuple[str, ...], more: fl
     tensor = mixture(names, (256, 512), tile)
     prepared = BACKEND.prepare(tensor)
     assert 8 * prepared.nbytes / (256 * 512) <= tensor.bits_per_weight + more
+
+
+@pytest.mark.parametrize(
+    "names", [("codebook3", "int4-g128", "pruned"), ("codebook4", "codebook1")]
+)
+def test_tiles_with_grids_of_their_own(names: tuple[str, ...]) -> None:
+    """Tables of cells, beside cells with scales."""
+    tensor = mixture(names, (150, 500), (64, 128), outliers=0.01)
+    assert BACKEND.prepare(tensor).prepared.eights == (2 if "codebook4" in names else 1)
+    for count, dtype in ((1, TYPES[1]), (12, TYPES[2]), (40, TYPES[1])):
+        check(tensor, tokens(count, 500, dtype=dtype))
 
 
 def test_channels_are_sorted_into_pure_cells() -> None:

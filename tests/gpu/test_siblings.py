@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmosaic import backends
 from bitmosaic.allocation import LayerAllocation
-from bitmosaic.backends._triton import choices, counters, launch
+from bitmosaic.backends._triton import choices, counters, launch, weights
 from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.linear import QuantizedLinear
 from bitmosaic.rounding import nearest
@@ -67,7 +67,7 @@ GROUPS = {
 }
 
 
-def merged(group: list[QuantizedTensor]) -> tuple[launch.Ready, list[launch.Ready]]:
+def merged(group: list[QuantizedTensor]) -> tuple[weights.Ready, list[weights.Ready]]:
     prepared = [BACKEND.prepare(tensor) for tensor in group]
     assert len({BACKEND.form(each) for each in prepared}) == 1
     together, parts = BACKEND.merge(prepared)
@@ -186,7 +186,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     multiply, one_at_a_time = launch.multiply, threading.Lock()
 
-    def counted(ready: launch.Ready, *rest: object) -> None:
+    def counted(ready: weights.Ready, *rest: object) -> None:
         found.append(len(ready.members) or 1)
         with one_at_a_time:  # Triton's interpreter takes no more
             multiply(ready, *rest)

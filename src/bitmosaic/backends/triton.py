@@ -29,7 +29,7 @@ from bitmosaic.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     # `_triton.launch` imports triton, which is done where the first weight is prepared.
-    from bitmosaic.backends._triton.launch import Ready
+    from bitmosaic.backends._triton.weights import Ready
 
 _LEAST_CAPABILITY = (8, 0)
 _INSTALL = "Install it: pip install 'bitmosaic[gpu]'."
@@ -70,9 +70,9 @@ class TritonBackend(Backend):
         objection = self.objection(tensor, tensor.device)
         if objection is not None:
             raise UnsupportedError(f"{objection} The reference backend can run this tensor.")
-        from bitmosaic.backends._triton import launch
+        from bitmosaic.backends._triton import weights
 
-        return launch.ready(tensor)
+        return weights.ready(tensor)
 
     def linear(
         self,
@@ -107,9 +107,9 @@ class TritonBackend(Backend):
 
     def merge(self, prepared: Sequence[Ready]) -> tuple[Ready, Sequence[Ready]]:
         """Lay weights together that one launch multiplies."""
-        from bitmosaic.backends._triton import launch
+        from bitmosaic.backends._triton import weights
 
-        merged = launch.merge(prepared)
+        merged = weights.merge(prepared)
         return merged, merged.members
 
     def linears(self, x: Tensor, merged: Ready, bias: Tensor | None) -> Sequence[Tensor] | None:
@@ -185,9 +185,9 @@ def _checked(
     x: Tensor, bias: Tensor | None, weight: int, out: int
 ) -> tuple[Ready, Tensor, Tensor | None]:
     """Return the weight, the tokens as a matrix, and the bias as it is read."""
-    from bitmosaic.backends._triton import launch
+    from bitmosaic.backends._triton import weights
 
-    ready = launch.held(weight)
+    ready = weights.held(weight)
     if x.shape[-1] != ready.width or x.device != ready.device:
         raise ValueError(
             f"x must be [..., {ready.width}] on {ready.device}, not {list(x.shape)} on {x.device}. "
@@ -202,9 +202,9 @@ def _checked(
 
 
 def _run_rows(indices: Tensor, weight: int, width: int) -> Tensor:
-    from bitmosaic.backends._triton import launch
+    from bitmosaic.backends._triton import launch, weights
 
-    ready = launch.held(weight)
+    ready = weights.held(weight)
     flat = indices.reshape(-1).long()
     inside = ((flat >= 0) & (flat < ready.out)).all()
     if flat.is_cuda:

@@ -29,6 +29,7 @@ from bitmosaic.backends._triton.codes import (
     shifted,
     whole,
 )
+from bitmosaic.backends._triton.picks import in_rows, read_codes_of_rows
 
 
 @triton.jit
@@ -75,19 +76,6 @@ def read_whole(
     if POINTS and not FOLD:
         number -= spread(point, SUBS, GROUPED)
     return number
-
-
-@triton.jit
-def looked_up(codes, tables, start, GRID: tl.constexpr):
-    """Return grid[code] in float32."""
-    if GRID == FP16:
-        return codes.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    elif GRID == BF16:
-        return (codes << 16).to(tl.float32, bitcast=True)
-    elif GRID == TABLE:
-        return tl.load(tables + start + codes)
-    else:
-        return codes.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -138,16 +126,6 @@ def spread(each, SUBS: tl.constexpr, GROUPED: tl.constexpr):
         SHAPE: tl.constexpr = (ROWS, OWN, 16 // OWN, QUARTERS, 4 // QUARTERS, 2)
         each = tl.permute(tl.reshape(each, (ROWS, QUARTERS, OWN)), (0, 2, 1))
         return tl.reshape(tl.broadcast_to(each[:, :, None, :, None, None], SHAPE), (ROWS, COLUMNS))
-
-
-@triton.jit
-def column_at(GROUPED: tl.constexpr):
-    """Return the column at each place of a cell, [128]."""
-    place = tl.arange(0, COLUMNS)
-    if not GROUPED:
-        return place
-    else:
-        return place // 2 % 4 * 32 + place // 8 * 2 + place % 2
 
 
 @triton.jit
@@ -233,8 +211,46 @@ def look_up(w, cell, at, BITS: tl.constexpr, TABLE_BY: tl.constexpr, GROUPED: tl
 
 
 @triton.jit
+def read_numbers(
+    w,
+    block,
+    cell,
+    at,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    SUBS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """Return grid[code] of tables and of wide types in float32, [64, 128]."""
+    if GRID == FP16:
+        codes = read_codes(w.words, at, BITS)
+        return codes.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif GRID == BF16:
+        return (read_codes(w.words, at, BITS) << 16).to(tl.float32, bitcast=True)
+    elif GRID == TABLE and BITS <= 4 and EIGHTS:
+        codes = in_rows(read_codes_of_rows(w.words, at, BITS))
+        if TABLE_BY == "cell":
+            return tl.load(w.tables + tl.load(w.table + cell) + codes)
+        else:
+            start = tl.load(w.table + block * COLUMNS + tl.arange(0, COLUMNS))
+            return tl.load(w.tables + start[None, :] + codes)
+    elif GRID == TABLE and TABLE_BY != "row":
+        return look_up(w, cell, at, BITS, TABLE_BY, GROUPED)
+    elif GRID == TABLE:
+        row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
+        place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
+        start = spread(tl.load(w.table + place), SUBS, GROUPED)
+        return tl.load(w.tables + start + read_codes(w.words, at, BITS))
+    else:
+        return read_codes(w.words, at, BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def read_cell(
     w,
+    block,
     cell,
     at,
     point,
@@ -244,6 +260,7 @@ def read_cell(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -253,25 +270,8 @@ def read_cell(
     elif GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
         HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.float32 else DTYPE
         return raised(read_floats(w.words, at, GRID, HALF), GRID, SUBS, SCALE, DTYPE)
-    elif GRID == TABLE and BITS <= 8 and TABLE_BY != "row":
-        number = look_up(w, cell, at, BITS, TABLE_BY, GROUPED)
-        if POINTS:
-            number -= spread(point, SUBS, GROUPED).to(tl.float32)
-        return number
     else:
-        codes = read_codes(w.words, at, BITS)
-        start = tl.full((1, 1), 0, tl.int32)
-        if GRID == TABLE:
-            if TABLE_BY == "cell":
-                start += tl.load(w.table + cell)
-            elif TABLE_BY == "column":
-                first = tl.load(w.block + cell) * COLUMNS
-                start = tl.load(w.table + first + column_at(GROUPED))[None, :]
-            else:
-                row, group = tl.arange(0, ROWS)[:, None], tl.arange(0, SUBS)[None, :]
-                place = cell.to(tl.int64) * (ROWS * SUBS) + row * SUBS + group
-                start = spread(tl.load(w.table + place), SUBS, GROUPED)
-        number = looked_up(codes, w.tables, start, GRID)
+        number = read_numbers(w, block, cell, at, GRID, BITS, SUBS, TABLE_BY, EIGHTS, GROUPED)
         if GRID == TABLE and POINTS:
             number -= spread(point, SUBS, GROUPED).to(tl.float32)
         return number

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bitmosaic.backends._triton.layout import AFFINE, MIXED, Kind
+from bitmosaic.backends._triton.layout import AFFINE, MIXED, TABLE, Kind
 
 MOST_FROM_CODES = 256
 """Tokens up to which a weight is multiplied from its codes, if tuning found nothing else."""
@@ -53,7 +53,7 @@ def choose(
 ) -> Choice:
     """Choose the sizes for so many tokens of a weight of so many panels, and cells across.
 
-    A program has at most `most` tokens.
+    A program has at most `most` tokens; more than four do not decode the same weights.
     """
     name, multiprocessors = _device(device)
     for entry in _tables().get(name, ()):
@@ -61,7 +61,7 @@ def choose(
             sizes = Choice(**entry["choice"])
             sizes = replace(sizes, tokens=min(sizes.tokens, most))
             return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
-    if tokens > MOST_FROM_CODES:
+    if tokens > min(MOST_FROM_CODES, 4 * most):
         return Choice(MOST_TOKENS, 1, 4, 3, dense=True)
     size = next((size for size in (8, 16, 32, 64) if tokens <= size), MOST_TOKENS)
     size = min(size, most)
@@ -69,18 +69,20 @@ def choose(
     return _split(sizes, tokens, panels, across, multiprocessors)
 
 
-def most_tokens(capability: int, kinds: Sequence[Kind]) -> int:
+def most_tokens(capability: int, kinds: Sequence[Kind], eights: int) -> int:
     """Return the tokens of a program for whose sums there are registers."""
+    if eights:  # eight sums of each
+        return 16
     mixed = any(bits == MIXED for _, bits in kinds)
     return (32 if capability == 8 else 64) if mixed else MOST_TOKENS
 
 
 def limits(capability: int, kinds: Sequence[Kind], tokens: int) -> dict[str, int]:
     """Return what the compiler is told besides, where it would rather spill a little."""
-    plain = tokens <= 16 and all(grid == AFFINE for grid, _ in kinds)
-    if capability >= 10 and plain:
+    if capability >= 10 and tokens <= 16 and all(grid == AFFINE for grid, _ in kinds):
         return {"maxnreg": 96}
-    return {"maxnreg": 128} if capability == 8 and tokens == 16 else {}
+    alike = tokens == 16 and all(grid != TABLE for grid, _ in kinds)
+    return {"maxnreg": 128} if capability == 8 and alike else {}
 
 
 def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors: int) -> Choice:

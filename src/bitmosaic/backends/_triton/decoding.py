@@ -37,6 +37,7 @@ def kind_decode(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
     GATHER: tl.constexpr,
     PARTS: tl.constexpr,
@@ -50,6 +51,7 @@ def kind_decode(
     # What the loops of several kinds have in common would not fit the registers beside them.
     for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, disable_licm=True):
         cell = first + number
+        block = tl.load(w.block + cell)
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, tl.float32)
         scale = spread(scale.to(tl.float32), SUBS, GROUPED)
@@ -60,13 +62,26 @@ def kind_decode(
             value = value * scale * tl.where(broad, tl.load(w.factors + 2 * INDEX + 1), factor)
         else:
             value = read_cell(
-                w, cell, at, point, GRID, BITS, SUBS, SCALE, POINTS, TABLE_BY, GROUPED, tl.float32
+                w,
+                block,
+                cell,
+                at,
+                point,
+                GRID,
+                BITS,
+                SUBS,
+                SCALE,
+                POINTS,
+                TABLE_BY,
+                EIGHTS,
+                GROUPED,
+                tl.float32,
             )
             value = value * scale * factor
         if GROUPED:  # back to the order of columns: rows are written whole
             value = tl.permute(tl.reshape(value, (ROWS, 16, 4, 2)), (0, 2, 1, 3))
             value = tl.reshape(value, (ROWS, COLUMNS))
-        column = tl.load(w.block + cell) * COLUMNS + tl.arange(0, COLUMNS)
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
         if GATHER:
             column = tl.load(w.columns + column)
         else:
@@ -89,6 +104,7 @@ def decode(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -127,6 +143,7 @@ def decode(
             SCALE,
             POINTS,
             TABLE_BY,
+            EIGHTS,
             GROUPED,
             GATHER,
             PARTS,

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,17 +11,16 @@ from bitmosaic.backends._triton import (
     choices,
     counters,
     decoding,
+    inputs,
     integers,
     kernels,
-    merging,
     pairs,
     rounding,
 )
 from bitmosaic.backends._triton.choices import Choice
-from bitmosaic.backends._triton.layout import COLUMNS, FP16, ROWS, Prepared
-from bitmosaic.backends._triton.prepare import prepare
+from bitmosaic.backends._triton.layout import COLUMNS, ROWS
+from bitmosaic.backends._triton.weights import Ready
 from bitmosaic.bands import BandRule, levels
-from bitmosaic.tensor import QuantizedTensor, invert
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of inputs and results of the kernels."""
@@ -38,119 +31,6 @@ _DENSE_PARTS = 8
 """Programs that decode a panel."""
 DECODE_WARPS = 8
 """Warps of each: with 4, a thread's 64 numbers and their places do not fit its registers."""
-
-
-class Ready:
-    """A prepared weight, what its kernels are compiled for, and the handle that graphs hold.
-
-    `order` is that of the stored in_channels, where inputs are rounded in it.  `members` are the
-    weights that lie together in it, if they do; they share `outlier_places`, the prepared
-    columns of all outliers, of which each writes its own.
-    """
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        order: Tensor | None = None,
-        members: Sequence[Ready] = (),
-        outlier_places: Tensor | None = None,
-    ) -> None:
-        self.prepared, self.order, self.members = prepared, order, members
-        self.arrays = arrays = prepared.arrays
-        self.rule = rule = prepared.rule
-        self.out, self.width = prepared.out, prepared.width
-        self.device = device = arrays.words.device
-        self.nowhere = torch.empty(0, dtype=torch.int32, device=device)
-        self.panels = arrays.first.shape[0]
-        self.across = prepared.padded // COLUMNS
-        rows = arrays.rows
-        self.places = invert(rows[rows >= 0].long()) if rows.numel() and not members else None
-        self.whole = isinstance(rule, BandRule) and prepared.whole_numbers
-        self.constants: dict[str, Any] = {
-            "KINDS": prepared.kinds,
-            "SUBS": COLUMNS // prepared.sub,
-            "SCALE": prepared.scale_type,
-            "POINTS": prepared.scale_type == "pair" or arrays.points.numel() > 0,
-            "TABLE_BY": prepared.table_by,
-            "GROUPED": prepared.grouped,
-            "SCATTER": rows.numel() > 0,
-        }
-        self.columns = arrays.columns
-        if not members:  # its own, of those that lie together
-            self.columns = self.columns[prepared.base : prepared.base + prepared.padded]
-        self.ordered = self.columns.numel() > 0
-        self.source = self._source() if self.whole else self.nowhere
-        self.sensitivity = self.nowhere.float()
-        if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
-            self.sensitivity = rule.sensitivity.to(device, torch.float32)
-        self.capability = (
-            torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        )
-        self.most = choices.most_tokens(self.capability, prepared.kinds)
-        # Cells that look up, or that mix, need the registers for themselves.
-        self.simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
-        self.cut = prepared.padded != prepared.width
-        self.outliers = arrays.outlier_first.numel() > 0
-        self.stored = arrays
-        if self.outliers and self.ordered and not members:
-            if outlier_places is None:
-                outlier_places = arrays.outlier_columns.clone()
-            self._write_places(outlier_places)
-            self.stored = arrays._replace(outlier_columns=outlier_places)
-        if device.type == "cuda":
-            counters.reserve(device)
-        self.handle = next(_handles)
-        _held[self.handle] = self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the prepared weight holds."""
-        return self.prepared.nbytes
-
-    def _write_places(self, places: Tensor) -> None:
-        """Write the prepared column of each of its outliers among all of them."""
-        column = torch.zeros(self.width, dtype=torch.int32, device=self.device)
-        known = torch.nonzero(self.columns >= 0).flatten()
-        column[self.columns[known].long()] = known.to(torch.int32)
-        first = self.arrays.outlier_first
-        own = slice(int(first[0]), int(first[-1]))
-        places[own] = column[self.arrays.outlier_columns[own].long()]
-
-    def _source(self) -> Tensor:
-        """Name the in_channel of each prepared column, -1 for none."""
-        columns = self.arrays.columns
-        if not columns.numel():
-            every = torch.arange(self.prepared.padded, device=columns.device)
-            columns = torch.where(every < self.width, every, -1)
-        if self.order is not None:
-            columns = torch.where(columns >= 0, self.order[columns.clamp(min=0).long()], -1)
-        return columns.to(torch.int32)
-
-
-def ready(tensor: QuantizedTensor) -> Ready:
-    """Prepare a weight."""
-    order = tensor.in_permutation
-    if tensor.activations is None or order is None:
-        return Ready(prepare(tensor))
-    return Ready(prepare(_in_stored_columns(tensor)), order.long())
-
-
-def merge(weights: Sequence[Ready]) -> Ready:
-    """Lay weights of one form together for `multiply_many`, as members."""
-    merged = merging.merge([each.prepared for each in weights])
-    places = merged.arrays.outlier_columns.clone()
-    parts = merging.parts(merged, [each.prepared for each in weights])
-    members = [Ready(part, outlier_places=places) for part in parts]
-    return Ready(merged, members=members)
-
-
-_handles = itertools.count()
-_held: weakref.WeakValueDictionary[int, Ready] = weakref.WeakValueDictionary()
-
-
-def held(handle: int) -> Ready:
-    """Return the weight that has a handle, which is never given twice in a process."""
-    return _held[handle]
 
 
 def multiply_rounded(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -216,7 +96,7 @@ def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write the products of weights that lie together into y: [tokens, out] of each, end to end."""
-    if choices.choose(x.device, x.shape[0], ready.panels, ready.across).dense:
+    if choices.choose(x.device, x.shape[0], ready.panels, ready.across, ready.most).dense:
         begin = 0
         for member in ready.members:
             end = begin + member.out
@@ -246,6 +126,7 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
     compiled = kernels.multiply[grid](
         ready.arrays,
+        ready.looks(x.dtype),
         x,
         x.stride(0),
         given,
@@ -287,7 +168,7 @@ def in_order(ready: Ready, x: Tensor, move: bool = False) -> Tensor:
         x = x.contiguous()
     padded = ready.columns.numel() or ready.prepared.padded
     y = torch.empty(x.shape[0], padded, dtype=x.dtype, device=x.device)
-    kernels.put_in_order[x.shape[0], -(-padded // _GATHERED_AT_ONCE)](
+    inputs.put_in_order[x.shape[0], -(-padded // _GATHERED_AT_ONCE)](
         x,
         x.stride(0),
         ready.width,
@@ -393,16 +274,6 @@ def decode(
                 CHUNK=128,
             )
     return y
-
-
-def _in_stored_columns(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Return the weight with its in_channels in stored order, which is not noted any more."""
-    tensor = tensor.with_plain_outliers()
-    assert tensor.in_permutation is not None
-    columns, order = tensor.outlier_columns, tensor.in_permutation
-    if columns is not None:
-        columns = invert(order.long())[columns.long()].to(columns.dtype)
-    return replace(tensor, in_permutation=None, outlier_columns=columns)
 
 
 def on(device: torch.device) -> torch.cuda.device:

@@ -137,6 +137,8 @@ class Prepared:
             below 128 where codes have up to four bits), "float" (the array's own type), "e4m3" or
             "e8m0" (four bytes as int32 where sub is at most 32, else int16).
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
+        eights: eights of entries of the largest table of up to four bits, where those are looked up
+            in registers and codes packed for it (`lookups`); else 0.
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.
         base: its first column among all prepared ones, where it lies together with others.
@@ -149,6 +151,7 @@ class Prepared:
     sub: int
     scale_type: str
     table_by: str
+    eights: int
     rule: Rule | None
     arrays: Arrays
     base: int = 0

@@ -38,6 +38,7 @@ def form(weight: Prepared) -> Hashable | None:
         weight.grouped,
         weight.scale_type,
         weight.table_by,
+        weight.eights > 0,
         arrays.words.device,
         arrays.scales.dtype,
         arrays.points.dtype,
@@ -82,6 +83,7 @@ def merge(weights: Sequence[Prepared]) -> Prepared:
         outs=tuple(weight.out for weight in weights),
         padded=max(weight.padded for weight in weights),
         kinds=kinds,
+        eights=max(weight.eights for weight in weights),
         arrays=Arrays(**joined),
     )
 
@@ -103,7 +105,9 @@ def parts(merged: Prepared, weights: Sequence[Prepared]) -> list[Prepared]:
             outlier_first=arrays.outlier_first[begin : end + 1],
             members=arrays.members[:0],
         )
-        found.append(replace(weight, kinds=merged.kinds, arrays=own, base=base))
+        found.append(
+            replace(weight, kinds=merged.kinds, eights=merged.eights, arrays=own, base=base)
+        )
         begin = end
         base += weight.padded if arrays.columns.numel() else 0
     return found

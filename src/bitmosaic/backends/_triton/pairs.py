@@ -1,8 +1,10 @@
-"""Whether a compiled kernel holds pairs of codes as `codes.masked` takes them to be.
+"""Whether a compiled kernel holds codes in registers as its assembly takes them to be.
 
 Two codes of a thread are shifted at once, by what is right for the first.  That is right for both
-where they are neighbours in the last axis, which no kernel can say: the compiler decides.  It did
-so wherever it was tried; another version of it must not change numbers silently.
+where they are neighbours in the last axis, which no kernel can say: the compiler decides.  Nor can
+one say which 32 numbers of a thread are looked up together, and in which order they come
+(`lookups.assembly`).  The compiler did so wherever it was tried; another version of it must not
+change numbers silently.
 """
 
 from __future__ import annotations
@@ -12,23 +14,32 @@ from typing import Any
 
 import triton
 
-_ASSEMBLY = re.compile(r"elementwise_inline_asm.*-> tensor<([x\d]+)xi16, (#\w+)>")
-_LAYOUT = re.compile(r"^(#\w+) = (#ttg\.[^\n]*)$", re.MULTILINE)
+_ASSEMBLY = re.compile(
+    r"elementwise_inline_asm.*packed_element = (\d+).*-> tensor<([x\d]+)xi16, (#\w+)>"
+)
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.linear<\{register = \[\[([^\n]*?)\]\]", re.MULTILINE)
+_AXES = {2: (-1,), 32: (7, 3, 5, 2, 1)}
+"""Axes along which the numbers that are taken at once follow each other, the fastest first."""
 _sound: set[int] = set()
 
 
 def torn(code: str) -> int:
-    """Count the instructions on pairs that are not neighbours, in Triton's own code (ttgir)."""
+    """Count the instructions on numbers that are held otherwise, in Triton's own code (ttgir)."""
     layouts = dict(_LAYOUT.findall(code))
     found = 0
-    for shape, name in _ASSEMBLY.findall(code):
-        first = ", ".join(["0"] * shape.count("x") + ["1"])
-        found += f"register = [[{first}]" not in layouts.get(name, "")
+    for count, shape, name in _ASSEMBLY.findall(code):
+        axes = _AXES[int(count)]
+        steps = []
+        for axis in axes:
+            step = ["0"] * (shape.count("x") + 1)
+            step[axis] = "1"
+            steps.append(", ".join(step))
+        found += layouts.get(name, "").split("], [")[: len(axes)] != steps
     return found
 
 
 def check(kernel: Any) -> None:
-    """Refuse a compiled kernel whose pairs are torn; `kernel` is what a launch returns."""
+    """Refuse a compiled kernel whose numbers are torn; `kernel` is what a launch returns."""
     if kernel is None or id(kernel) in _sound:  # the interpreter's has nothing to show
         return
     if torn(kernel.asm["ttgir"]):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bitmosaic.backends._triton import orders
+from bitmosaic.backends._triton import lookups, orders
 from bitmosaic.backends._triton.kinds import kind_of
 from bitmosaic.backends._triton.layout import (
     AFFINE,
@@ -30,7 +30,6 @@ from bitmosaic.backends._triton.layout import (
     pack_high,
     row_words,
 )
-from bitmosaic.bands import BandRule
 from bitmosaic.formats import Parameters
 from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import Section
@@ -63,7 +62,7 @@ class _Cells:
         self.out, self.width = tensor.shape
         self.panels = -(-self.out // ROWS)
         self.of_format = [kind_of(fmt) for fmt in tensor.formats]
-        self.order, self.bands = self._columns()
+        self.order, self.bands = orders.columns(tensor, self.of_format)
         self.across = self.order.numel() // COLUMNS
         self.tile_map = tensor.tile_formats().to(self.device)
         self.present = torch.stack(
@@ -86,7 +85,8 @@ class _Cells:
         scale_type, scales, points = self._paired(*self._scales(folded, sub), self._points(sub))
         if table_by == "row":
             table = self._cells(table, sub)
-        words, start = self._words(codes, are_grouped(self.kinds, sub))
+        eights = self._eights(sub, table_by)
+        words, start = self._words(codes, are_grouped(self.kinds, sub), eights > 0)
         columns, rows = orders.of(original, self.order)
         return Prepared(
             (self.out,),
@@ -96,6 +96,7 @@ class _Cells:
             sub,
             scale_type,
             table_by,
+            eights,
             self.tensor.activations,
             Arrays(
                 columns,
@@ -115,31 +116,6 @@ class _Cells:
                 columns.new_empty(0),
             ),
         )
-
-    def _columns(self) -> tuple[Tensor, Tensor]:
-        """Order the columns, filling up to a cell wherever two may not share one."""
-        tensor, stored = self.tensor, torch.arange(self.width, device=self.device)
-        band = grid = torch.zeros_like(stored)
-        if isinstance(tensor.activations, BandRule):
-            band = tensor.activations.columns(self.width).to(self.device)
-        key = band
-        if tensor.tile[0] >= self.out and tensor.tile[1] < COLUMNS and len(tensor.formats) > 1:
-            names = [(RAW + 1, 0) if kind is None else kind for kind in self.of_format]
-            ranks = torch.tensor([sorted(set(names)).index(name) for name in names])
-            grids = torch.tensor([name[0] for name in names])
-            used = tensor.tile_formats()[0].long()[stored.cpu() // tensor.tile[1]]
-            key = band * len(names) + ranks[used].to(self.device)
-            grid = grids[used].to(self.device)
-        sort = torch.argsort(key, stable=True)
-        segment = band[sort] * (RAW + 2) + grid[sort]
-        _, lengths = torch.unique_consecutive(segment, return_counts=True)
-        parts, bands, begin = [], [], 0
-        for length in lengths.tolist():
-            part = stored[sort[begin : begin + length]]
-            parts.append(torch.nn.functional.pad(part, (0, -length % COLUMNS), value=-1))
-            bands += [int(band[part[0]])] * (parts[-1].numel() // COLUMNS)
-            begin += length
-        return torch.cat(parts), torch.tensor(bands, dtype=torch.int32, device=self.device)
 
     def _indices(self) -> range:
         return range(len(self.tensor.formats))
@@ -297,10 +273,8 @@ class _Cells:
         return "pair", both, points[:0]
 
     def _is_raw(self) -> Tensor:
-        raw = torch.tensor(
-            [grid == RAW for grid, _ in self.kinds], dtype=torch.bool, device=self.device
-        )
-        return raw[self.kind]
+        raw = [grid == RAW for grid, _ in self.kinds]
+        return torch.tensor(raw, dtype=torch.bool, device=self.device)[self.kind]
 
     def _points(self, sub: int) -> Tensor:
         """Return the zero points of all cells, whole numbers as bytes; empty for none."""
@@ -349,6 +323,18 @@ class _Cells:
             return "column", tables, ordered[0]
         return "row", tables, ordered
 
+    def _eights(self, sub: int, table_by: str) -> int:
+        """Count the eights of entries of tables that are looked up in registers, 0 for none."""
+        tables = [
+            (fmt, kind)
+            for fmt, kind in zip(self.tensor.formats, self.of_format, strict=True)
+            if kind is not None and lookups.is_picked(kind)
+        ]
+        points = any(fmt.fixed_zero_point or fmt.stores_zero_point for fmt, _ in tables)
+        if not tables or points or sub < COLUMNS or table_by not in ("cell", "column"):
+            return 0
+        return max(2 if kind[1] == lookups.MOST_BITS else 1 for _, kind in tables)
+
     def _first(self) -> Tensor:
         """Count the cells before each kind of each panel."""
         kinds = len(self.kinds)
@@ -357,7 +343,7 @@ class _Cells:
         places = torch.arange(self.panels, device=self.device)[:, None] * kinds
         return ends[places + torch.arange(kinds + 1, device=self.device)].to(torch.int32)
 
-    def _words(self, codes: Tensor, moved: bool) -> tuple[Tensor, Tensor]:
+    def _words(self, codes: Tensor, moved: bool, picked: bool) -> tuple[Tensor, Tensor]:
         """Pack the codes of all cells; also where each kind of each panel starts."""
         sizes = torch.tensor([ROWS * row_words(kind) for kind in self.kinds], device=self.device)
         ends = sizes[self.kind].cumsum(0)
@@ -379,6 +365,8 @@ class _Cells:
                     cells = grouped(cells)
                 if kind[0] == RAW:
                     packed = cells.contiguous().view(torch.int16).flatten(1)
+                elif picked and lookups.is_picked(kind):
+                    packed = lookups.pack(cells, kind[1])
                 else:
                     packed = pack(cells, kind)
                 places = 2 * begins[part][:, None] + torch.arange(2 * size, device=self.device)
@@ -401,10 +389,8 @@ class _Cells:
 
     def _wide(self) -> Tensor:
         """Tell which blocks of mixed cells are E4M3: [cells, 64, 8]."""
-        wide = torch.tensor(
-            [kind == (E4M3, 8) for kind in self.of_format] + [False] * (256 - len(self.of_format)),
-            device=self.device,
-        )
+        wide = torch.zeros(256, dtype=torch.bool, device=self.device)
+        wide[[n for n, kind in enumerate(self.of_format) if kind == (E4M3, 8)]] = True
         mixed = torch.tensor([bits == MIXED for _, bits in self.kinds], device=self.device)
         return self._cells(wide[self._formats().int()], BLOCK) & mixed[self.kind].view(-1, 1, 1)
 

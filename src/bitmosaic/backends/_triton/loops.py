@@ -1,0 +1,210 @@
+"""The loop over a panel's cells of one kind."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitmosaic.backends._triton.cells import read_cell, read_scales, scaled
+from bitmosaic.backends._triton.codes import (
+    AFFINE,
+    COLUMNS,
+    E2M1,
+    E4M3,
+    MIXED,
+    ROWS,
+    left_to_factor,
+    raised,
+    read_blocks,
+    row_words,
+    wide,
+)
+from bitmosaic.backends._triton.inputs import read_inputs
+from bitmosaic.backends._triton.integers import plus
+from bitmosaic.backends._triton.picks import pick
+
+
+@triton.jit
+def product(weights, inputs):
+    """Multiply on tensor cores; float32 inputs in full precision."""
+    return tl.dot(weights.to(inputs.dtype), inputs, input_precision="ieee")
+
+
+@triton.jit
+def add_groups(total, weights, inputs, scale, SUBS: tl.constexpr):
+    """Add products of groups, each scaled by itself: [64, 128], [128, tokens], [64, SUBS]."""
+    if SUBS == 1:
+        return total + product(weights, inputs) * scale
+    else:
+        HALF: tl.constexpr = weights.shape[1] // 2
+        TOKENS: tl.constexpr = inputs.shape[1]
+        weights = tl.split(tl.permute(tl.reshape(weights, (ROWS, 2, HALF)), (0, 2, 1)))
+        inputs = tl.split(tl.permute(tl.reshape(inputs, (2, HALF, TOKENS)), (1, 2, 0)))
+        scale = tl.split(tl.permute(tl.reshape(scale, (ROWS, 2, SUBS // 2)), (0, 2, 1)))
+        total = add_groups(total, weights[0], inputs[0], scale[0], SUBS // 2)
+        return add_groups(total, weights[1], inputs[1], scale[1], SUBS // 2)
+
+
+@triton.jit
+def cells_of(w, panel, INDEX: tl.constexpr, COUNT: tl.constexpr, MANY: tl.constexpr):
+    """Return a panel's first cell of a kind, their number, where they start, the tensor scales."""
+    first = tl.load(w.first + panel * (COUNT + 1) + INDEX)
+    cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
+    start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
+    factors = w.factors + 2 * INDEX
+    if MANY:
+        factors += 2 * COUNT * tl.load(w.members + 4 * panel)
+    return first, cells, start, factors
+
+
+@triton.jit
+def kind_picked(
+    total,
+    w,
+    looks,
+    x,
+    stride,
+    panel,
+    part,
+    token,
+    tokens,
+    width,
+    base,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    SCALE: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    MANY: tl.constexpr,
+    ONE: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Do `kind_product` for few tokens and tables in registers: warps share the columns."""
+    TOKENS: tl.constexpr = token.shape[0]
+    SLICE: tl.constexpr = COLUMNS // 8
+    first, cells, start, factors = cells_of(w, panel, INDEX, COUNT, MANY)
+    slices = tl.full((8, ROWS, TOKENS), 0.0, tl.float32)
+    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+        cell = first + number
+        block = tl.load(w.block + cell)
+        inputs = read_inputs(
+            x, stride, w.columns, block, token, tokens, width, base, GATHER, CUT, False, ONE
+        )
+        at = (start + number * row_words(BITS)) * (2 * ROWS)
+        weights = pick(w, looks, block, cell, at, BITS, EIGHTS, TABLE_BY, inputs.dtype)
+        inputs = tl.reshape(inputs, (8, SLICE, TOKENS))
+        if SCALE == "none":
+            slices = tl.dot(weights, inputs, slices)
+        else:
+            scale = read_scales(w, cell, SCALE, 1, False, inputs.dtype)[0]
+            slices += tl.dot(weights, inputs) * scale.to(tl.float32)[None, :, :]
+    return total + tl.reduce(slices, 0, plus) * tl.load(factors)
+
+
+@triton.jit
+def kind_product(
+    total,
+    w,
+    x,
+    stride,
+    panel,
+    part,
+    token,
+    tokens,
+    width,
+    base,
+    GRID: tl.constexpr,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    POINTS: tl.constexpr,
+    TABLE_BY: tl.constexpr,
+    EIGHTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    CUT: tl.constexpr,
+    GROUPED: tl.constexpr,
+    MANY: tl.constexpr,
+    ONE: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Add the product of one part of a panel's cells of one kind to the sums [64, tokens]."""
+    WORDS: tl.constexpr = row_words(BITS)
+    MOVE: tl.constexpr = GROUPED and token.shape[0] <= 8  # more are in their places already
+    # Groups of whole numbers are multiplied one by one, without rounding, then scaled, as long as
+    # there are registers for the sums of all.
+    PLAIN: tl.constexpr = GRID == AFFINE and not GROUPED and SCALE == "pair"
+    EXACT: tl.constexpr = PLAIN and SUBS <= 8 and token.shape[0] <= 32
+    first, cells, start, factors = cells_of(w, panel, INDEX, COUNT, MANY)
+    factor = tl.load(factors)
+    for number in tl.range(
+        cells * part // PARTS,
+        cells * (part + 1) // PARTS,
+        num_stages=STAGES,
+        loop_unroll_factor=UNROLL,
+    ):
+        cell = first + number
+        block = tl.load(w.block + cell)
+        inputs = read_inputs(
+            x, stride, w.columns, block, token, tokens, width, base, GATHER, CUT, MOVE, ONE
+        )
+        at = (start + number * WORDS) * (2 * ROWS)
+        scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
+        if BITS == MIXED:
+            # Each tensor scale has a product of its own, in which the other blocks are 0.
+            HALF: tl.constexpr = tl.bfloat16 if inputs.dtype == tl.float32 else inputs.dtype
+            number, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
+            zero = tl.full(scale.shape, 0.0, scale.dtype)
+            narrow = scaled(
+                raised(number, E2M1, SUBS, SCALE, inputs.dtype),
+                tl.where(broad, zero, scale),
+                E2M1,
+                SUBS,
+                SCALE,
+                GROUPED,
+                inputs.dtype,
+            )
+            broad = scaled(
+                raised(number, E4M3, SUBS, SCALE, inputs.dtype),
+                tl.where(broad, scale, zero),
+                E4M3,
+                SUBS,
+                SCALE,
+                GROUPED,
+                inputs.dtype,
+            )
+            LEFT: tl.constexpr = left_to_factor(E2M1, SUBS, SCALE, inputs.dtype)
+            OTHER: tl.constexpr = left_to_factor(E4M3, SUBS, SCALE, inputs.dtype)
+            total += product(narrow, inputs) * (factor * LEFT)
+            total += product(broad, inputs) * (tl.load(factors + 1) * OTHER)
+        else:
+            weights = read_cell(
+                w,
+                block,
+                cell,
+                at,
+                point,
+                GRID,
+                BITS,
+                SUBS,
+                SCALE,
+                POINTS,
+                TABLE_BY,
+                EIGHTS,
+                GROUPED,
+                inputs.dtype,
+            )
+            if SUBS == 1 or (EXACT and inputs.dtype != tl.float32):
+                total = add_groups(total, weights, inputs, scale.to(tl.float32) * factor, SUBS)
+            else:
+                POWER: tl.constexpr = left_to_factor(GRID, SUBS, SCALE, inputs.dtype)
+                each = scaled(weights, scale, GRID, SUBS, SCALE, GROUPED, inputs.dtype)
+                total += product(each, inputs) * (factor * POWER)
+    return total
