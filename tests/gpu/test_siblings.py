@@ -285,7 +285,7 @@ def test_inference_mode_multiplies_one_by_one(launches: list[int]) -> None:
 
 
 def test_many_tokens_go_one_by_one(launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "MOST_FROM_CODES", 4)
+    monkeypatch.setattr(choices, "crossover", lambda *gpu: 4)
     model, x = Attention(), tokens(5, 300)
     with torch.no_grad():
         model(x)

@@ -114,10 +114,10 @@ class TritonBackend(Backend):
 
     def linears(self, x: Tensor, merged: Ready, bias: Tensor | None) -> Sequence[Tensor] | None:
         """Multiply few tokens by one launch; many, and those with gradients, one by one."""
-        from bitmosaic.backends._triton import choices, launch
+        from bitmosaic.backends._triton import launch
 
         tokens = x.numel() // merged.width
-        if x.dtype not in launch.TYPES or tokens > choices.MOST_FROM_CODES:
+        if x.dtype not in launch.TYPES or tokens > merged.most_from_codes:
             return None
         if torch.is_grad_enabled() and x.requires_grad:
             return None

@@ -1,4 +1,4 @@
-"""Sizes of kernels by the shape of a product: a rule, and what tuning found better on a device."""
+"""Sizes of kernels by the shape of a product and the GPU: a rule, and what tuning found better."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ import torch
 from bitmosaic.backends._triton.layout import AFFINE, MIXED, TABLE, Kind
 
 MOST_FROM_CODES = 256
-"""Tokens up to which a weight is multiplied from its codes, if tuning found nothing else."""
+"""Tokens up to which a weight is multiplied from its codes on GPUs that nobody knows."""
 MOST_TOKENS = 128
 """Tokens of a program."""
 _MOST_PARTS = 32
 """Parts of a sum: each costs a write and a read of the result in float32."""
+_DATACENTER_BLACKWELL = 10
+"""Its tensor cores want decoded weights in a memory of their own: few tokens go to the old ones."""
+_INSTRUCTIONS = {8: 8.8, 9: 5.6, 10: 20.0, 12: 8.8}
+"""A weight's, in a program of 128 tokens, by compute capability (`tools/gpu_kernels.py`)."""
+_OF_A_COPY = 12.0
+"""A weight's, where it is decoded and written."""
 _WAVES = 4
 """Programs for each multiprocessor: enough loads in flight, and an even end."""
 
@@ -53,20 +59,54 @@ def choose(
 ) -> Choice:
     """Choose the sizes for so many tokens of a weight of so many panels, and cells across.
 
-    A program has at most `most` tokens; more than four do not decode the same weights.
+    A program has at most `most` tokens; if they are few, a copy pays as soon as four programs would
+    decode the same weights.
     """
-    name, multiprocessors = _device(device)
+    name, multiprocessors, capability = _device(device)
     for entry in _tables().get(name, ()):
         if tokens <= entry["most_tokens"] and panels * across <= entry["most_cells"]:
             sizes = Choice(**entry["choice"])
             sizes = replace(sizes, tokens=min(sizes.tokens, most))
             return sizes if sizes.parts else _split(sizes, tokens, panels, across, multiprocessors)
-    if tokens > min(MOST_FROM_CODES, 4 * most):
+    few = most_from_codes(device)
+    if tokens > (few if most == MOST_TOKENS else min(few, 4 * most)):
         return Choice(MOST_TOKENS, 1, 4, 3, dense=True)
     size = next((size for size in (8, 16, 32, 64) if tokens <= size), MOST_TOKENS)
+    if capability == _DATACENTER_BLACKWELL and tokens <= 32:
+        size = 8
     size = min(size, most)
     sizes = Choice(size, 0, unroll=2 if size == 8 else 1)
     return _split(sizes, tokens, panels, across, multiprocessors)
+
+
+def most_from_codes(device: torch.device) -> int:
+    """Return the tokens up to which weights are multiplied from their codes, not from a copy."""
+    name, _, capability = _device(device)
+    return crossover(name, capability)
+
+
+@functools.cache
+def crossover(name: str, capability: int) -> int:
+    """Calculate `most_from_codes` of a GPU in `gpus.json`, for weights of four bits.
+
+    From codes, 128 tokens pay for decoding and for their product; a copy is written and read once.
+    Of what specifications say 0.9 of the memory's rate and 0.75 of the tensor cores' are reached.
+    """
+    text = resources.files(__package__).joinpath("gpus.json").read_text(encoding="utf-8")
+    known = json.loads(text).get(name)
+    if known is None:
+        return MOST_FROM_CODES
+    memory, tensor, issue = 0.9e-3 * known[0], 0.75 * known[1], known[2]  # in 1e12 a second
+    decoded = max(2.5 / memory, _OF_A_COPY / issue)
+    tokens = 0
+    while tokens < 32 * MOST_TOKENS:
+        more = tokens + MOST_TOKENS
+        product = 2 * more / tensor
+        from_codes = more / MOST_TOKENS * _INSTRUCTIONS[capability] / issue + product
+        if from_codes > decoded + max(2 / memory, product):
+            break
+        tokens = more
+    return max(tokens, MOST_TOKENS // 2)
 
 
 def most_tokens(capability: int, kinds: Sequence[Kind], eights: int) -> int:
@@ -95,11 +135,12 @@ def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
+def _device(device: torch.device) -> tuple[str, int, int]:
+    """Return the name, the multiprocessors and the compute capability."""
     if device.type != "cuda":  # the interpreter's
-        return "interpreter", 1
+        return "interpreter", 1, 0
     found = torch.cuda.get_device_properties(device)
-    return found.name, found.multi_processor_count
+    return found.name, found.multi_processor_count, found.major
 
 
 @functools.cache

@@ -68,6 +68,7 @@ class Ready:
             torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         )
         self.most = choices.most_tokens(self.capability, prepared.kinds, prepared.eights)
+        self.most_from_codes = choices.most_from_codes(device)
         # Cells that look up, or that mix, need the registers for themselves.
         self.simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
         self.cut = prepared.padded != prepared.width
