@@ -6,6 +6,7 @@ import copy
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmosaic import backends
+from bitmosaic.activations import ActivationRule
 from bitmosaic.allocation import LayerAllocation
 from bitmosaic.backends._triton import choices, counters, launch, weights
 from bitmosaic.backends._triton.choices import Choice
@@ -22,6 +24,7 @@ from bitmosaic.rounding import nearest
 from bitmosaic.siblings import _seen, look
 from bitmosaic.tensor import QuantizedTensor
 from kernels.cases import channel_wise, mixture, tokens, uniform
+from kernels.test_rounded import rules
 from numerics import assert_matmul_close, rounding_error
 
 BACKEND = backends.get("triton")
@@ -113,6 +116,53 @@ def test_however_the_work_is_shared(monkeypatch: pytest.MonkeyPatch, choice: Cho
         assert result.shape == (1, 19, part.out)
         assert torch.equal(result, BACKEND.linear(x, part))
     assert not any(each.any() for each in counters._streams.values())
+
+
+def ruled(rule: ActivationRule, permuted: bool = False) -> list[QuantizedTensor]:
+    group = [
+        mixture(("nvfp4", "fp8-e4m3-tensor"), (out, 300), (1, 16), seed=7, permuted=permuted)
+        for out in (70, 64)
+    ]
+    order = group[0].in_permutation
+    return [replace(each, in_permutation=order).with_activations(rule) for each in group]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_inputs_of_one_rule_are_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, permuted: bool, dtype: torch.dtype
+) -> None:
+    group = ruled(rules(300, 0.01)[2], permuted)
+    together, parts = merged(group)
+    x = tokens(3, 300, dtype=dtype)
+    counted: list[int] = []
+    round_tiles = launch.round_tiles
+    monkeypatch.setattr(
+        launch, "round_tiles", lambda *given: (counted.append(1), round_tiles(*given))[1]
+    )
+    for choice in (Choice(8, 2), Choice(16, 1, dense=True)):
+        monkeypatch.setattr(choices, "choose", lambda *shape, choice=choice: choice)
+        counted.clear()
+        results = BACKEND.linears(x, together, None)
+        assert results is not None
+        assert len(counted) == 1
+        for result, part, tensor in zip(results, parts, group, strict=True):
+            assert torch.equal(result, BACKEND.linear(x, part))
+            assert torch.equal(result, BACKEND.linear(x, BACKEND.prepare(tensor)))
+
+
+def test_inputs_of_unlike_rules_are_not() -> None:
+    alike = ruled(rules(300, 0.01)[2])
+    others = [
+        *ruled(rules(300, 0.02)[2])[:1],
+        *ruled(rules(300, 0.01)[3])[:1],
+        *ruled(rules(300, 0.01)[0])[:1],
+        *ruled(rules(300, 0.01)[2], permuted=True)[:1],
+        alike[0].with_activations(None),
+    ]
+    form = BACKEND.form(BACKEND.prepare(alike[0]))
+    assert form == BACKEND.form(BACKEND.prepare(alike[1]))
+    assert len({BACKEND.form(BACKEND.prepare(each)) for each in others} | {form}) == 6
 
 
 def test_their_arrays_are_the_memory_of_all() -> None:

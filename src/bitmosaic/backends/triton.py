@@ -103,7 +103,7 @@ class TritonBackend(Backend):
         """Return what one compiled kernel has been made for."""
         from bitmosaic.backends._triton import merging
 
-        return merging.form(prepared.prepared)
+        return merging.form(prepared.prepared, prepared.order)
 
     def merge(self, prepared: Sequence[Ready]) -> tuple[Ready, Sequence[Ready]]:
         """Lay weights together that one launch multiplies."""

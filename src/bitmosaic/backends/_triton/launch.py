@@ -43,9 +43,14 @@ def multiply_rounded(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) ->
         values = rule.values(x if ready.order is None else x[:, ready.order])
         multiply(ready, values, bias, y, rule.unit)
     else:
-        # Six significant bits: where the weight's numbers fit bfloat16 too, nothing is lost.
-        dtype = torch.bfloat16 if ready.prepared.exact_in_bf16 else torch.float32
-        multiply(ready, round_tiles(ready, x, dtype), bias, y, rule.unit)
+        multiply(ready, _rounded(ready, x), bias, y, rule.unit)
+
+
+def _rounded(ready: Ready, x: Tensor) -> Tensor:
+    """Round inputs by an `ActivationRule`, in the type of the product."""
+    # Six significant bits: where the weight's numbers fit bfloat16 too, nothing is lost.
+    dtype = torch.bfloat16 if ready.prepared.exact_in_bf16 else torch.float32
+    return round_tiles(ready, x, dtype)
 
 
 def round_tiles(ready: Ready, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,16 +100,22 @@ def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write the products of weights that lie together into y: [tokens, out] of each, end to end."""
+    """Write the products of weights that lie together into y: [tokens, out] of each, end to end.
+
+    Inputs with a rule are rounded once.
+    """
+    unit = 1.0
+    if ready.rule is not None:
+        x, unit = _rounded(ready, x), ready.rule.unit
     if choices.choose(x.device, x.shape[0], ready.panels, ready.across, ready.most).dense:
         begin = 0
         for member in ready.members:
             end = begin + member.out
             place = y[begin * x.shape[0] : end * x.shape[0]]
-            multiply(member, x, None if bias is None else bias[begin:end], place, 1.0)
+            multiply(member, x, None if bias is None else bias[begin:end], place, unit)
             begin = end
     else:
-        multiply(ready, x, bias, y, 1.0)
+        multiply(ready, x, bias, y, unit)
 
 
 def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:

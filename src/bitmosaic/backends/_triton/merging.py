@@ -7,6 +7,7 @@ others get in its plainest form.  Each stays a weight of its own, whose arrays a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -14,7 +15,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from bitmosaic.activations import ActivationRule
 from bitmosaic.backends._triton.layout import COLUMNS, ROWS, Arrays, Kind, Prepared
+from bitmosaic.bands import BandRule
 
 _COUNTED: dict[str, Callable[[Arrays], int]] = {
     "first": lambda arrays: arrays.block.numel(),
@@ -27,12 +30,16 @@ _COUNTED: dict[str, Callable[[Arrays], int]] = {
 """Arrays of numbers that go on counting, by how far they go in one weight."""
 
 
-def form(weight: Prepared) -> Hashable | None:
-    """Return what weights must have in common to be multiplied by one kernel; None for never."""
+def form(weight: Prepared, order: Tensor | None) -> Hashable | None:
+    """Return what weights must have in common to be multiplied by one kernel; None for never.
+
+    `order` is that of the stored in_channels, where inputs are rounded in it.
+    """
     arrays = weight.arrays
-    if weight.rule is not None or not weight.kinds:
+    if isinstance(weight.rule, BandRule) or not weight.kinds:
         return None
     return (
+        _rounding(weight, order),
         weight.width,
         weight.sub,
         weight.grouped,
@@ -44,6 +51,17 @@ def form(weight: Prepared) -> Hashable | None:
         arrays.points.dtype,
         arrays.points.numel() > 0,
     )
+
+
+def _rounding(weight: Prepared, order: Tensor | None) -> Hashable:
+    """Name how inputs are rounded: those of one name are rounded once."""
+    if weight.rule is None:
+        return None
+    assert isinstance(weight.rule, ActivationRule)
+    known = hashlib.sha256(weight.rule.stored().cpu().numpy().tobytes())
+    if order is not None:
+        known.update(order.cpu().numpy().tobytes())
+    return weight.rule.formats, known.digest(), weight.exact_in_bf16
 
 
 def merge(weights: Sequence[Prepared]) -> Prepared:

@@ -132,8 +132,11 @@ def merge(weights: Sequence[Ready]) -> Ready:
     merged = merging.merge([each.prepared for each in weights])
     places = merged.arrays.outlier_columns.clone()
     parts = merging.parts(merged, [each.prepared for each in weights])
-    members = [Ready(part, outlier_places=places) for part in parts]
-    return Ready(merged, members=members)
+    members = [
+        Ready(part, each.order, outlier_places=places)
+        for part, each in zip(parts, weights, strict=True)
+    ]
+    return Ready(merged, weights[0].order, members)
 
 
 _handles = itertools.count()
