@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from importlib import resources
 
@@ -191,6 +192,35 @@ def test_inputs_rounded_by_a_rule(permuted: bool, formats_of_tiles: tuple[str, .
     rule = ActivationRule(FGMP, float(x.abs().max()) / 2688, 10.0, worth)
     tensor = mixture(formats_of_tiles, (70, 300), (70, 16), permuted=permuted)
     rounded_check(tensor.with_activations(rule), x)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_inputs_rounded_by_a_rule_and_a_decoded_copy(
+    monkeypatch: pytest.MonkeyPatch, permuted: bool, dtype: torch.dtype
+) -> None:
+    """Many tokens; the unit is a factor of the sums, not of the copy."""
+    sizes(monkeypatch, Choice(16, 1, dense=True))
+    decoded = []
+    decode = launch.decode
+    monkeypatch.setattr(
+        launch, "decode", lambda *some, **more: (decoded.append(1), decode(*some, **more))[1]
+    )
+    x, bias = tokens(5, 300, dtype=dtype), tokens(1, 70, dtype=dtype)[0]
+    rule = ActivationRule(FGMP[1:], 2.0 ** math.ceil(math.log2(float(x.abs().max()) / 2688)))
+    assert rule.unit != 1.0
+    tensor = mixture(FGMP, (70, 300), (70, 16), permuted=permuted).with_activations(rule)
+    order = torch.arange(300)
+    if tensor.in_permutation is not None:
+        order = tensor.in_permutation.long()
+    rounded = (rule.values(x[:, order].float()) * rule.unit)[:, invert(order)].to(dtype)  # exact
+    error = rounding_error(tensor, dtype)
+    for own in (None, bias):
+        actual = BACKEND.linear(x, BACKEND.prepare(tensor), own)
+        assert actual.dtype == dtype
+        assert_matmul_close(actual, rounded, tensor.dequantize(), own, weight_error=error)
+    # Rounded inputs are bfloat16: only results of that type come from a copy.
+    assert len(decoded) == (2 if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("permuted", [False, True])

@@ -122,9 +122,8 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
     """Write x W^T unit + bias into y; many tokens are multiplied by a decoded copy."""
     tokens, bias_given = x.shape[0], bias is not None
     choice = choices.choose(x.device, tokens, ready.panels, ready.across, ready.most)
-    if choice.dense and x.dtype == y.dtype and unit == 1.0:
-        weight = decode(ready, None, x.dtype, stored=True)
-        y.copy_(functional.linear(in_order(ready, x), weight, bias).view(y.shape))
+    if choice.dense and x.dtype == y.dtype:
+        _multiply_by_copy(ready, in_order(ready, x), bias, y, unit)
         return
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -166,6 +165,17 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )
     pairs.check(compiled)
+
+
+def _multiply_by_copy(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
+    """Decode the weight to the inputs' type, and leave the product to torch."""
+    weight = decode(ready, None, x.dtype, stored=True)
+    if unit == 1.0:
+        y.copy_(functional.linear(x, weight, bias).view(y.shape))
+    else:  # sums are counted in the unit before they are rounded
+        y = y.view(x.shape[0], ready.out)
+        given = y if bias is None else bias
+        torch.addmm(given, x, weight.T, beta=int(bias is not None), alpha=unit, out=y)
 
 
 def in_order(ready: Ready, x: Tensor, move: bool = False) -> Tensor:
