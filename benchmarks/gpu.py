@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--parts PART,PART] [--tune] --json OUT
 
 Needs an NVIDIA GPU; under eight minutes.  Every figure is printed beside what is asked; the exit
-code is 1 where one is missed.  The parts: correct, one, few, many, mixed, decode, quantize.
+code is 1 where one is missed.  The parts: correct, one, others, few, many, mixed, decode, quantize.
 
 First products of small weights of every kind are compared with float64, within the rounding of
 their types.  Then times: each is a CUDA graph that goes round copies of the weights (they are not
@@ -39,7 +39,7 @@ from bitmosaic.backends._triton.choices import Choice
 from bitmosaic.rounding import nearest
 from bitmosaic.tensor import QuantizedTensor
 from figures import ROOT, at_least, finish
-from matrices import CHANNELS_3, MIX_2, MIX_3, MIX_4, Mix, random_tensor
+from matrices import CHANNELS_3, MIX_2, MIX_3, MIX_4, TILE, Mix, random_tensor
 
 BACKEND = backends.get("triton")
 TUNED = ROOT / "src/bitmosaic/backends/_triton/tuned.json"
@@ -56,6 +56,15 @@ MIXES: dict[str, Mix] = {
     "4.3 bits mixed": MIX_4,
     "int4": {"int4-g128": 1.0},
 }
+OTHERS: dict[str, tuple[Mix, tuple[int, int]]] = {
+    "int4 in groups of 32": ({"int4-g32": 1.0}, (64, 128)),
+    "nvfp4": ({"nvfp4": 1.0}, (64, 128)),
+    "mxfp4": ({"mxfp4": 1.0}, (64, 128)),
+    "codebooks of 3 bits by channel": (CHANNELS_3, (INNER, 1)),
+    "nvfp4 and fp8 blocks": ({"nvfp4": 0.7, "fp8-e4m3-tensor": 0.3}, (1, 16)),
+    "fp8": ({"fp8-e4m3-tensor": 1.0}, (64, 128)),
+}
+"""Formats with small groups, tables or blocks: those below five bits first."""
 KINDS: dict[str, tuple[Mix, tuple[int, int]]] = {
     "every width": ({f"int{bits}-g128": 1.0 for bits in (1, 2, 3, 4, 8)}, (64, 128)),
     "pruned beside int4": ({"int4-g128": 1.0, "pruned": 1.0}, (64, 128)),
@@ -65,6 +74,8 @@ KINDS: dict[str, tuple[Mix, tuple[int, int]]] = {
     "nvfp4 and fp8 blocks": ({"nvfp4": 0.7, "fp8-e4m3-tensor": 0.3}, (1, 16)),
     "mxfp4": ({"mxfp4": 1.0}, (64, 128)),
     "codebooks by channel": (CHANNELS_3, (512, 1)),
+    "codebooks by tile": ({"codebook2": 1.0, "codebook3": 1.0, "codebook4": 1.0}, (64, 128)),
+    "codebook1 by channel": ({"codebook1": 1.0}, (512, 1)),
     "bf16": ({"bf16": 1.0}, (64, 128)),
 }
 
@@ -129,7 +140,7 @@ class Contender:
 
 def correct() -> Iterator[dict[str, Any]]:
     """Compare products of all kinds with float64: the largest error over its bound."""
-    for (name, (mix, tile)), tokens in itertools.product(KINDS.items(), (1, 17, 300)):
+    for (name, (mix, tile)), tokens in itertools.product(KINDS.items(), (1, 5, 17, 40, 300)):
         generator = torch.Generator().manual_seed(0)
         shares, grid = torch.tensor([*mix.values()]), (-(-512 // tile[0]), -(-1024 // tile[1]))
         drawn = torch.multinomial(shares, grid[0] * grid[1], True, generator=generator)
@@ -137,7 +148,8 @@ def correct() -> Iterator[dict[str, Any]]:
         tensor = nearest(torch.randn(512, 1024, generator=generator), layer).to("cuda")
         prepared, weight = BACKEND.prepare(tensor), tensor.dequantize().double()
         worst = 0.0
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        every = tokens in (1, 300)  # each type is a compilation
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if every else 1]:
             x = torch.randn(tokens, 1024, device="cuda").to(dtype)
             y = BACKEND.linear(x, prepared)
             again = BACKEND.linear(x, prepared)
@@ -163,9 +175,19 @@ def together() -> dict[str, Any]:
 
 def one() -> Iterator[dict[str, Any]]:
     """One token: the share of the memory's rate at which prepared bytes are read."""
+    yield from shares_of_memory({name: (mix, TILE) for name, mix in MIXES.items()})
+
+
+def others() -> Iterator[dict[str, Any]]:
+    """The same of formats with small groups, tables or blocks."""
+    yield from shares_of_memory(OTHERS)
+
+
+def shares_of_memory(weights: dict[str, tuple[Mix, tuple[int, int]]]) -> Iterator[dict[str, Any]]:
+    """Multiply one token by each of some weights."""
     rate = memory_rate()
-    for name, mix in MIXES.items():
-        contender = Contender(random_tensor(LARGE, mix))
+    for name, (mix, tile) in weights.items():
+        contender = Contender(random_tensor(LARGE, mix, tile=tile))
         x = contender.inputs(1)
         found = best({"ours": contender.ours(x), "theirs": contender.theirs(x)})
         reached = contender.nbytes / found["ours"]
@@ -258,6 +280,7 @@ def decode() -> Iterator[dict[str, Any]]:
 PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "correct": correct,
     "one": one,
+    "others": others,
     "few": few,
     "many": many,
     "mixed": mixed,
@@ -271,7 +294,7 @@ def tune() -> None:
     entries = []
     for cells in ((HIDDEN, HIDDEN), LARGE, (VOCABULARY, HIDDEN)):
         contender = Contender(random_tensor(cells, MIX_3))
-        for tokens in (1, 8, 16, 32, 64, 128, 256):
+        for tokens in (1, 8, 16, 32, 64, 128, 256, 512):
             x = contender.inputs(tokens)
             seconds: dict[Choice, float] = {}
             for choice in shares(tokens):
