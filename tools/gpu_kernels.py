@@ -84,6 +84,9 @@ EIGHT: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2}}
 ONE: dict[str, Any] = {"tokens": 8, "more": {"UNROLL": 2, "ONE": True, "tokens": 1}}
 ONE_BY_ONE: dict[str, Any] = {"tokens": 8, "more": {"ONE": True, "tokens": 1}}
 EIGHT_BY_ONE: dict[str, Any] = {"tokens": 8}
+BYTES = {"words": "*i8"}
+WHOLE = ((A, 1), (A, 2), (A, 3), (A, 4), (A, 8))
+FLOATS = ((layout.E2M1, 4), (layout.E4M3, 8), (layout.E5M2, 8))
 COLUMN: dict[str, Any] = {"scale": "none", "table_by": "column"}
 CMPQ = ((TABLE, 2), (TABLE, 3), (TABLE, 4), (layout.FP16, 16))
 CASES = (
@@ -135,13 +138,23 @@ CASES = (
     Case("nvfp4 and fp8 blocks", ((layout.E2M1, layout.MIXED),), **FP4),
     Case("nvfp4 and fp8 blocks; 32 tokens", ((layout.E2M1, layout.MIXED),), tokens=32, **FP4),
     Case("fp8", ((layout.E4M3, 8),), scale="none"),
-    Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole"),
+    Case(
+        "int1 to int8, inputs int8; one token",
+        WHOLE,
+        kernel="multiply_whole",
+        types=BYTES,
+        tokens=8,
+        most=4.5,
+    ),
+    Case("int4 and int8, inputs int8", ((A, 4), (A, 8)), kernel="multiply_whole", types=BYTES),
     Case("int2, int3, int4; one token", ((A, 2), (A, 3), (A, 4)), outliers=True, most=3.3, **ONE),
     Case("int2; one token", ((A, 2),), most=3.0, **ONE),
     Case("int4, in order; one token", ((A, 4),), gather=False, most=3.2, **ONE),
     Case("int2, int3, int4; eight tokens", ((A, 2), (A, 3), (A, 4)), **EIGHT),
     Case("decoded", ((A, 3), (A, 8), (layout.TABLE, 4), (layout.RAW, 32)), kernel="decode", **ROWS),
     Case("rows decoded", ((layout.E2M1, layout.MIXED),), kernel="decode", more=PICK, **FP4),
+    Case("decoded, packed as bytes", WHOLE, kernel="decode", types=BYTES, more={"IN_BYTES": True}),
+    Case("decoded floats", FLOATS, kernel="decode", **FP4),
     Case("outliers added", (), kernel="add_outliers"),
     Case("rows' outliers added", (), kernel="add_outliers", more=PICK),
     Case("inputs put in order", (), kernel="put_in_order"),
@@ -191,6 +204,7 @@ def source(case: Case) -> ASTSource:
         "GATHER": case.gather and (case.tokens <= 8 or not case.kernel.startswith("multiply")),
         "GROUPED": case.sub < layout.COLUMNS and any(grid != A for grid, _ in case.kinds),
         "MOVE": True,
+        "IN_BYTES": False,
         "CUT": False,
         "OUTLIERS": case.outliers,
         "PICK": False,
@@ -208,6 +222,7 @@ def source(case: Case) -> ASTSource:
         **dict.fromkeys(("given", "y", "bias"), f"*{case.dtype}"),
         **dict.fromkeys(("parts", "scales", "sensitivity"), "*fp32"),
         **dict.fromkeys(("picked", "order", "source", "band_of", "counters", "columns"), "*i32"),
+        "sums": "*i32",
         **dict.fromkeys(("unit", "inverse", "threshold"), "fp32"),
         "codes": "*i8",
     }

@@ -30,6 +30,15 @@ def test_pairs_that_are() -> None:
     pairs.check(None)
 
 
+@pytest.mark.parametrize("steps", [[[0, 1], [0, 2]], [[0, 1], [1, 0]], [[0, 2], [0, 1]]])
+def test_bytes_that_are_four_neighbours(steps: list[list[int]]) -> None:
+    code = f"#linear = #ttg.linear<{{register = {steps}, lane = [[0]]}}>\n" + (
+        "  %1 = tt.elementwise_inline_asm {packed_element = 4 : i32} %0 : "
+        "tensor<8x4xi8, #linear> -> tensor<8x4xi8, #linear>\n"
+    )
+    assert pairs.torn(code) == (steps != [[0, 1], [0, 2]])
+
+
 ORDER = (7, 3, 5, 2, 1)
 """Axes of the 32 numbers that are looked up at once."""
 

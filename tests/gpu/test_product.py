@@ -224,16 +224,26 @@ def test_inputs_rounded_by_a_rule_and_a_decoded_copy(
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("names", [("int4-g128", "int8-g128"), ("int2-g128", "int4-g64")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("int4-g128", "int8-g128"),
+        ("int1-g128", "int2-g128", "int3-g128", "pruned"),
+        ("int2-g128", "int4-g64"),
+    ],
+)
 def test_inputs_rounded_in_bands(names: tuple[str, ...], permuted: bool) -> None:
-    tensor = mixture(names, (70, 500), (70, 128), permuted=permuted)
+    tensor = mixture(names, (70, 500), (64, 128), permuted=permuted)
     rule = BandRule(
         ("int4-token", "int8-token"), 128, torch.tensor([1, 0, 0, 1], dtype=torch.uint8)
     )
     tensor = tensor.with_activations(rule)
-    assert BACKEND.prepare(tensor).whole == (names[1] == "int8-g128")
+    assert BACKEND.prepare(tensor).whole == ("int4-g64" not in names)
     rounded_check(tensor, tokens(5, 500))
     rounded_check(tensor, tokens(2, 500), tokens(1, 70)[0])
+    rounded_check(tensor, tokens(40, 500))
+    if not permuted:  # else columns are decoded in stored order
+        check_decoded(tensor)
 
 
 def rounded_check(tensor: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> None:
@@ -269,7 +279,8 @@ def test_inputs_are_rounded_in_the_bands_of_the_rule(width: int, dtype: torch.dt
     rule = BandRule(("int4-token", "int8-token"), 16, bands)
     ready = BACKEND.prepare(tensor.with_activations(rule))
     assert ready.whole
-    codes, scales = launch.round_bands(ready, x)
+    codes, sums, scales = launch.round_bands(ready, x)
+    assert torch.equal(sums, codes.view(*sums.shape, 128).sum(2, dtype=torch.int32))
     expected, expected_scales = rule.codes(x[:, order])
     assert_same_bits(scales, expected_scales)
     names = ready.source.long()
@@ -366,6 +377,33 @@ def test_places_of_columns_in_groups() -> None:
 def test_places_of_bits() -> None:
     for places in (layout.NIBBLES, layout.UPPERS):
         assert sorted(place for bits in places for place in bits) == list(range(16))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_bytes_are_what_the_layout_says(bits: int) -> None:
+    codes = torch.randint(2**bits, (2, 64, 128))
+    cell = layout.pack_bytes(codes, bits)[1].long() & 255
+    assert cell.numel() == 4 * 64 * layout.row_words((layout.AFFINE, bits))
+
+    def byte(thread: int, number: int, count: int, begin: int, h: int) -> int:
+        """Return a byte of a word: the number of a word among `count` of a thread."""
+        chunk, place = divmod(number, min(4, count))
+        return int(cell[begin + (chunk * 128 + thread) * 4 * min(4, count) + 4 * place + h])
+
+    def code(row: int, column: int) -> int:
+        w, i, l = row // 16, row % 16 // 8, row % 8  # noqa: E741
+        q, c, h = column // 16, column // 4 % 4, column % 4
+        thread = (w * 8 + l) * 4 + c
+        if bits != 3:
+            t, j = q % bits, q // bits
+            return byte(thread, i * bits + t, 2 * bits, 0, h) >> bits * j & (2**bits - 1)
+        words = [byte(thread, 2 * i + t, 4, 0, h) for t in (0, 1)] + [byte(thread, i, 2, 2048, h)]
+        if q >= 6:
+            return sum((words[t] >> q & 1) << t for t in range(3))
+        return words[q // 2] >> 3 * (q % 2) & 7
+
+    found = torch.tensor([[code(row, column) for column in range(128)] for row in range(64)])
+    assert torch.equal(found, codes[1])
 
 
 def test_same_input_same_bits() -> None:

@@ -21,6 +21,7 @@ from bitmosaic.backends._triton.codes import (
     TABLE,
     masked,
     raised,
+    read_byte_codes,
     read_codes,
     read_fields,
     read_floats,
@@ -42,6 +43,7 @@ def read_whole(
     SCALE: tl.constexpr,
     POINTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    IN_BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Read codes less their zero points [64, SUBS] as [64, 128] of DTYPE, exactly.
@@ -52,7 +54,9 @@ def read_whole(
     """
     # A power and a zero point in one number: exact, as pairs have small zero points.
     FOLD: tl.constexpr = SCALE == "pair" and SUBS == 1 and BITS < 8 and DTYPE != tl.float32
-    if DTYPE == tl.float32:
+    if IN_BYTES:
+        number = whole(read_byte_codes(words, 2 * at, BITS).to(tl.int32) & 255)
+    elif DTYPE == tl.float32:
         number = whole(read_codes(words, at, BITS))
     elif DTYPE == tl.bfloat16 and BITS == 8:
         SHAPE: tl.constexpr = (ROWS, 2, 64)
@@ -262,11 +266,12 @@ def read_cell(
     TABLE_BY: tl.constexpr,
     EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    IN_BYTES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Read a cell's numbers up to scale, tensor scale and `left_to_factor`: [64, 128]."""
     if GRID == AFFINE:
-        return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, GROUPED, DTYPE)
+        return read_whole(w.words, at, point, BITS, SUBS, SCALE, POINTS, GROUPED, IN_BYTES, DTYPE)
     elif GRID == E2M1 or GRID == E4M3 or GRID == E5M2:
         HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.float32 else DTYPE
         return raised(read_floats(w.words, at, GRID, HALF), GRID, SUBS, SCALE, DTYPE)

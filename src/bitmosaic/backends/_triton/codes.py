@@ -159,6 +159,73 @@ def read_codes(words, at, BITS: tl.constexpr):
 
 
 @triton.jit
+def taken(bytes_, shift, mask, bits):
+    """Return (bytes >> shift) & mask | bits of int8, four at once, as `masked` does of pairs."""
+    if INTERPRETED:
+        return ((bytes_ >> shift) & mask) | bits
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 moved, by;
+            and.b32 by, $2, 7;
+            shr.b32 moved, $1, by;
+            lop3.b32 $0, moved, $3, $4, 0xea;
+            }""",
+            "=r,r,r,r,r",
+            [bytes_, shift, mask, bits],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def read_thread_bytes(words, at, WORDS: tl.constexpr):
+    """Read WORDS words of each thread and row as int8 [64, 1, 16 WORDS]: (word, quarter, byte)."""
+    SIZE: tl.constexpr = 16 if WORDS > 1 else 8
+    CHUNKS: tl.constexpr = 8 * WORDS // SIZE
+    chunk, byte = tl.arange(0, CHUNKS)[:, None, None], tl.arange(0, SIZE)[None, None, :]
+    place = chunk * (128 * SIZE) + tl.arange(0, 128)[None, :, None] * SIZE + byte
+    read = tl.load(words + at + place, eviction_policy="evict_first")
+    read = tl.reshape(
+        read, (CHUNKS, 4, 8, 4, SIZE // 4, 4)
+    )  # chunk, warp, row, quarter, word, byte
+    read = tl.reshape(tl.permute(read, (1, 2, 3, 0, 4, 5)), (4, 8, 4, 2, WORDS, 4))
+    return tl.reshape(tl.permute(read, (0, 3, 1, 4, 2, 5)), (ROWS, 1, 16 * WORDS))
+
+
+@triton.jit
+def read_byte_codes(words, at, BITS: tl.constexpr):
+    """Read the codes of a cell that are packed as bytes: int8 [64, 128], of 8 bits all."""
+    if BITS == 8:
+        return tl.reshape(read_thread_bytes(words, at, 8), (ROWS, COLUMNS))
+    elif BITS == 3:
+        both = tl.permute(tl.reshape(read_thread_bytes(words, at, 2), (ROWS, 2, 16)), (0, 2, 1))
+        first, second = tl.split(both)
+        SHAPE: tl.constexpr = (ROWS, 8, 16)
+        first = tl.broadcast_to(first[:, None, :], SHAPE)
+        second = tl.broadcast_to(second[:, None, :], SHAPE)
+        third = tl.broadcast_to(read_thread_bytes(words, at + 2048, 1), SHAPE)
+        field = tl.broadcast_to(tl.arange(0, 8)[None, :, None], SHAPE)
+        source = tl.where(field < 2, first, tl.where(field < 4, second, third))
+        last = field >= 6
+        zero = tl.full(SHAPE, 0, tl.int8)
+        shift = tl.where(last, field, field % 2 * 3).to(tl.int8)
+        source = tl.where(last, first, source)
+        found = taken(source, shift, tl.where(last, 1, 7).to(tl.int8), zero)
+        more = taken(second, tl.where(last, field - 1, 0).to(tl.int8), zero + 2, found)
+        more = taken(third, tl.where(last, field - 2, 0).to(tl.int8), zero + 4, more)
+        return tl.reshape(tl.where(last, more, found), (ROWS, COLUMNS))
+    else:
+        FORM: tl.constexpr = (ROWS, 8 // BITS, 16 * BITS)
+        source = tl.broadcast_to(read_thread_bytes(words, at, BITS), FORM)
+        number = tl.broadcast_to(tl.arange(0, 8 // BITS)[None, :, None], FORM)
+        zero = tl.full(FORM, 0, tl.int8)
+        found = taken(source, (number * BITS).to(tl.int8), zero + ((1 << BITS) - 1), zero)
+        return tl.reshape(found, (ROWS, COLUMNS))
+
+
+@triton.jit
 def whole(number):
     """Make float32 of whole numbers below 2^23 without a conversion."""
     return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0

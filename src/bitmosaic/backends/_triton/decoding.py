@@ -39,6 +39,7 @@ def kind_decode(
     TABLE_BY: tl.constexpr,
     EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    IN_BYTES: tl.constexpr,
     GATHER: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -75,6 +76,7 @@ def kind_decode(
                 TABLE_BY,
                 EIGHTS,
                 GROUPED,
+                IN_BYTES,
                 tl.float32,
             )
             value = value * scale * factor
@@ -106,6 +108,7 @@ def decode(
     TABLE_BY: tl.constexpr,
     EIGHTS: tl.constexpr,
     GROUPED: tl.constexpr,
+    IN_BYTES: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     PICK: tl.constexpr,
@@ -145,6 +148,7 @@ def decode(
             TABLE_BY,
             EIGHTS,
             GROUPED,
+            IN_BYTES,
             GATHER,
             PARTS,
         )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton.cells import read_scales
-from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_codes, row_words
+from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_byte_codes, row_words
 from bitmosaic.backends._triton.results import deliver
 
 
@@ -21,6 +21,7 @@ def kind_whole(
     total,
     w,
     x,
+    sums,
     scales,
     bands,
     panel,
@@ -62,10 +63,13 @@ def kind_whole(
         band = tl.load(w.bands + block)
         inputs_scale = tl.load(scales + token * bands + band, mask=token < tokens, other=0.0)
         scale, point = read_scales(w, cell, "pair", 1, True, tl.float32)
-        codes = read_codes(w.words, (start + number * WORDS) * (2 * ROWS), BITS)
-        exact = tl.dot((codes - LOST).to(tl.int8), inputs, out_dtype=tl.int32)
-        rest = LOST - point.to(tl.int32)
-        exact += rest * tl.reduce(inputs.to(tl.int32), 0, plus)[None, :]
+        codes = read_byte_codes(w.words, (start + number * WORDS) * (4 * ROWS), BITS)
+        if BITS == 8:
+            codes = codes ^ tl.full((1, 1), -128, tl.int8)
+        exact = tl.dot(codes, inputs, out_dtype=tl.int32)
+        place = token.to(tl.int64) * (padded // COLUMNS) + block
+        of_inputs = tl.load(sums + place, mask=token < tokens, other=0)
+        exact += (LOST - point.to(tl.int32)) * of_inputs[None, :]
         total += exact.to(tl.float32) * (scale * factor) * inputs_scale[None, :]
     return total
 
@@ -74,6 +78,7 @@ def kind_whole(
 def multiply_whole(
     w,
     x,
+    sums,
     scales,
     bands,
     tokens,
@@ -94,7 +99,7 @@ def multiply_whole(
 ):
     """Multiply int8 inputs [tokens, padded], in prepared order, on int8 tensor cores.
 
-    `scales` [tokens, bands] are the inputs'.
+    `scales` [tokens, bands] are the inputs', `sums` [tokens, padded / 128] those of their codes.
     """
     panel, part = tl.program_id(0), tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -104,6 +109,7 @@ def multiply_whole(
             total,
             w,
             x,
+            sums,
             scales,
             bands,
             panel,

@@ -76,13 +76,17 @@ def round_tiles(ready: Ready, x: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round inputs by a `BandRule`: its `codes`, in prepared order, and their scales."""
+def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round inputs by a `BandRule`: its `codes`, in prepared order, their sums, and the scales.
+
+    Sums are of each 128 columns.
+    """
     rule, prepared = ready.rule, ready.prepared
     assert isinstance(rule, BandRule)
     if x.stride(1) != 1:
         x = x.contiguous()
     codes = torch.empty(x.shape[0], prepared.padded, dtype=torch.int8, device=x.device)
+    sums = torch.empty(x.shape[0], ready.across, dtype=torch.int32, device=x.device)
     scales = torch.empty(x.shape[0], len(rule.formats), device=x.device)
     rounding.round_bands[x.shape[0],](
         x,
@@ -90,13 +94,14 @@ def round_bands(ready: Ready, x: Tensor) -> tuple[Tensor, Tensor]:
         ready.source,
         ready.arrays.bands,
         codes,
+        sums,
         scales,
         prepared.padded,
         LEVELS=tuple(float(levels(name)) for name in rule.formats),
         SIZE=COLUMNS,
         enable_fp_fusion=False,
     )
-    return codes, scales
+    return codes, sums, scales
 
 
 def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -204,7 +209,7 @@ def in_order(ready: Ready, x: Tensor, move: bool = False) -> Tensor:
 
 
 def _multiply_whole(
-    ready: Ready, codes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
+    ready: Ready, codes: Tensor, sums: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor
 ) -> None:
     """Multiply int8 codes [tokens, padded] with scales [tokens, bands]."""
     tokens = codes.shape[0]
@@ -212,9 +217,10 @@ def _multiply_whole(
     bias_given, bias = bias is not None, y if bias is None else bias
     parts, counts = _shared(ready, tokens, choice, codes.device)
     grid = (ready.panels, choice.parts, -(-tokens // choice.tokens))
-    integers.multiply_whole[grid](
+    compiled = integers.multiply_whole[grid](
         ready.arrays,
         codes,
+        sums,
         scales,
         scales.shape[1],
         tokens,
@@ -234,6 +240,7 @@ def _multiply_whole(
         UNROLL=choice.unroll,
         num_warps=choice.warps,
     )
+    pairs.check(compiled)
 
 
 def _shared(ready: Ready, tokens: int, choice: Choice, device: torch.device) -> tuple[Tensor, ...]:
@@ -271,7 +278,7 @@ def decode(
     programs = ready.panels if picked is None else count
     rows = arrays.first if picked is None else picked
     with on(ready.device):
-        decoding.decode[programs, _DENSE_PARTS](
+        compiled = decoding.decode[programs, _DENSE_PARTS](
             arrays,
             rows,
             y,
@@ -279,11 +286,13 @@ def decode(
             ready.prepared.base,
             ready.out,
             **ready.constants,
+            IN_BYTES=ready.whole,
             GATHER=ready.ordered and not stored,
             PICK=picked is not None,
             PARTS=_DENSE_PARTS,
             num_warps=DECODE_WARPS,
         )
+        pairs.check(compiled)
         if ready.outliers:
             decoding.add_outliers[programs,](
                 arrays,

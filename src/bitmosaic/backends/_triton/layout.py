@@ -19,6 +19,11 @@ before the next chunk of all.
 Three bits: five codes in each half of three words t, for q = 5 t + j, and bit t of the code of
 q = 15 as the uppermost bit of the half.  Words 0 and 1 of all threads come before words 2.
 
+Whole numbers that meet int8 inputs lie as int8 tensor cores have them: of thread (w, l, c) the
+columns 16 q + 4 c + h, q < 8 and h < 4, in four bytes h of b words t a row, code j of a byte for
+q = t + b j (`pack_bytes`).  Three bits: two codes a byte, for q = 2 t + j, and in the upper two
+bits, of all three words, those for q = 6 and 7.
+
 E2M1: the bits of code j of a half are where `NIBBLES` says, three of four as bfloat16 has them, but
 for a shift.  Blocks of 16 columns that are E2M1 in one row and E4M3 in the next are kept as those:
 of s eeee mmm the cell has s, the lower two e and the upper m, as if it were E2M1, and the other
@@ -49,7 +54,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Int8, Shaped
 from torch import Tensor
 
 from bitmosaic.activations import Rule
@@ -81,7 +86,7 @@ class Arrays(NamedTuple):
         first: [panels, kinds + 1] number of the first cell of each kind.
         start: [panels, kinds] 64ths of its first word's number.
         block: [cells] which 128 columns.
-        words: codes, as halves of words, int16.
+        words: codes, as halves of words, int16, or as bytes, int8.
         scales: [cells, 64, 128 / sub].
         points: [cells, 64, 128 / sub] zero points; empty for all 0 and where scales have them.
         factors: [kinds, 2] tensor scales; of a mixed kind E2M1's and E4M3's.
@@ -139,6 +144,7 @@ class Prepared:
         table_by: what part of a cell has a table: "none", "cell", "column" or "row".
         eights: eights of entries of the largest table of up to four bits, where those are looked up
             in registers and codes packed for it (`lookups`); else 0.
+        in_bytes: whether codes are packed for int8 tensor cores.
         rule: how inputs are rounded, if they are.
         arrays: what kernels read.
         base: its first column among all prepared ones, where it lies together with others.
@@ -152,6 +158,7 @@ class Prepared:
     scale_type: str
     table_by: str
     eights: int
+    in_bytes: bool
     rule: Rule | None
     arrays: Arrays
     base: int = 0
@@ -180,12 +187,6 @@ class Prepared:
             or (grid in (E2M1, E4M3, E5M2, BF16) and (whole or self.scale_type == "e4m3"))
             for grid, _ in self.kinds
         )
-
-    @property
-    def whole_numbers(self) -> bool:
-        """Whether all cells hold whole numbers, with one scale a row."""
-        pairs = self.sub == COLUMNS and self.scale_type == "pair"
-        return pairs and all(grid == AFFINE for grid, _ in self.kinds)
 
 
 def are_grouped(kinds: Sequence[Kind], sub: int) -> bool:
@@ -220,10 +221,27 @@ def pack(codes: Int[Tensor, "cells 64 128"], kind: Kind) -> Int[Tensor, "cells h
     return torch.cat([_chunks(part.to(torch.int16)) for part in parts], dim=1)
 
 
-def _chunks(halves: Tensor) -> Tensor:
-    """Put halves [cells, w, upper rows, l, t, c, h] into the order of threads."""
+def pack_bytes(codes: Int[Tensor, "cells 64 128"], bits: int) -> Int8[Tensor, "cells bytes"]:
+    """Pack the codes of cells for int8 tensor cores, as this module's docstring says."""
+    # [cells, w, upper rows, l, q, c, h]
+    codes = codes.to(torch.int32).view(-1, 4, 2, 8, 8, 4, 4)
+    if bits == 3:
+        words, left = codes[:, :, :, :, :6].unflatten(4, (3, 2)), codes[:, :, :, :, 6:]
+        found = words[:, :, :, :, :, 0] | words[:, :, :, :, :, 1] << 3
+        bit = torch.arange(3, device=codes.device)[:, None, None]
+        for n in range(2):
+            found = found | (left[:, :, :, :, n, None] >> bit & 1) << 6 + n
+        parts = [found[:, :, :, :, :2], found[:, :, :, :, 2:]]
+    else:
+        fields = codes.unflatten(4, (8 // bits, bits))
+        parts = [_placed(fields, 4, [range(b, b + bits) for b in range(0, 8, bits)])]
+    return torch.cat([_chunks(part.to(torch.uint8).view(torch.int8), 16) for part in parts], dim=1)
+
+
+def _chunks(halves: Tensor, most: int = 8) -> Tensor:
+    """Put [cells, w, upper rows, l, t, c, h] into the order of threads, `most` of one at once."""
     threads = halves.permute(0, 1, 3, 5, 2, 4, 6).reshape(halves.shape[0], 128, -1)
-    size = min(8, threads.shape[2])
+    size = min(most, threads.shape[2])
     return threads.unflatten(2, (-1, size)).transpose(1, 2).flatten(1)
 
 

@@ -160,10 +160,10 @@ def kind_product(
         if BITS == MIXED:
             # Each tensor scale has a product of its own, in which the other blocks are 0.
             HALF: tl.constexpr = tl.bfloat16 if inputs.dtype == tl.float32 else inputs.dtype
-            number, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
+            values, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
             zero = tl.full(scale.shape, 0.0, scale.dtype)
             narrow = scaled(
-                raised(number, E2M1, SUBS, SCALE, inputs.dtype),
+                raised(values, E2M1, SUBS, SCALE, inputs.dtype),
                 tl.where(broad, zero, scale),
                 E2M1,
                 SUBS,
@@ -172,7 +172,7 @@ def kind_product(
                 inputs.dtype,
             )
             broad = scaled(
-                raised(number, E4M3, SUBS, SCALE, inputs.dtype),
+                raised(values, E4M3, SUBS, SCALE, inputs.dtype),
                 tl.where(broad, scale, zero),
                 E4M3,
                 SUBS,
@@ -199,6 +199,7 @@ def kind_product(
                 TABLE_BY,
                 EIGHTS,
                 GROUPED,
+                False,
                 inputs.dtype,
             )
             if SUBS == 1 or (EXACT and inputs.dtype != tl.float32):

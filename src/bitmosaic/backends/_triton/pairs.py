@@ -15,11 +15,12 @@ from typing import Any
 import triton
 
 _ASSEMBLY = re.compile(
-    r"elementwise_inline_asm.*packed_element = (\d+).*-> tensor<([x\d]+)xi16, (#\w+)>"
+    r"elementwise_inline_asm.*packed_element = (\d+).*-> tensor<([x\d]+)xi\d+, (#\w+)>"
 )
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.linear<\{register = \[\[([^\n]*?)\]\]", re.MULTILINE)
-_AXES = {2: (-1,), 32: (7, 3, 5, 2, 1)}
-"""Axes along which the numbers that are taken at once follow each other, the fastest first."""
+_STEPS = {2: ((-1, 1),), 4: ((-1, 1), (-1, 2)), 32: ((7, 1), (3, 1), (5, 1), (2, 1), (1, 1))}
+"""Axes along which numbers that are taken at once follow each other, and by how much, by doubles
+of their number."""
 _sound: set[int] = set()
 
 
@@ -28,13 +29,12 @@ def torn(code: str) -> int:
     layouts = dict(_LAYOUT.findall(code))
     found = 0
     for count, shape, name in _ASSEMBLY.findall(code):
-        axes = _AXES[int(count)]
         steps = []
-        for axis in axes:
+        for axis, by in _STEPS[int(count)]:
             step = ["0"] * (shape.count("x") + 1)
-            step[axis] = "1"
+            step[axis] = str(by)
             steps.append(", ".join(step))
-        found += layouts.get(name, "").split("], [")[: len(axes)] != steps
+        found += layouts.get(name, "").split("], [")[: len(steps)] != steps
     return found
 
 

@@ -1,15 +1,14 @@
-"""Cutting a packed weight into the cells of `layout`, by tensor operations on its own device."""
+"""Packing a weight into the arrays of `layout`, by tensor operations on its own device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bitmosaic.backends._triton import lookups, orders
-from bitmosaic.backends._triton.kinds import kind_of
+from bitmosaic.backends._triton.cutting import Cut
 from bitmosaic.backends._triton.layout import (
     AFFINE,
     BLOCK,
@@ -21,15 +20,16 @@ from bitmosaic.backends._triton.layout import (
     ROWS,
     TABLE,
     Arrays,
-    Kind,
     Prepared,
     are_grouped,
     grouped,
     narrowed,
     pack,
+    pack_bytes,
     pack_high,
     row_words,
 )
+from bitmosaic.bands import BandRule
 from bitmosaic.formats import Parameters
 from bitmosaic.tensor import QuantizedTensor
 from bitmosaic.tiling import Section
@@ -39,42 +39,11 @@ def prepare(tensor: QuantizedTensor) -> Prepared:
     """Repack a weight; takes, for a while, some 20 bytes a weight on its device."""
     tensor = tensor.with_plain_outliers()
     bare = replace(tensor.without_outliers(), in_permutation=None, out_permutation=None)
-    return _Cells(bare).prepared(tensor)
+    return _Packed(bare).prepared(tensor)
 
 
-Value = Callable[[Section, Tensor, Parameters], Tensor]
-"""What each code or group of a section is given."""
-
-
-class _Cells:
-    """A weight in stored order, without outliers, cut into cells.
-
-    Attributes:
-        order: [padded] stored column of each prepared column, -1 for none.
-        kinds: kinds of cells that there are.
-        panel, block, kind: of each cell, in the order in which they are kept.
-        mixes: whether there are mixed cells.
-        wide: [cells, 64, 8] which blocks of these are E4M3.
-    """
-
-    def __init__(self, tensor: QuantizedTensor) -> None:
-        self.tensor, self.device = tensor, tensor.device
-        self.out, self.width = tensor.shape
-        self.panels = -(-self.out // ROWS)
-        self.of_format = [kind_of(fmt) for fmt in tensor.formats]
-        self.order, self.bands = orders.columns(tensor, self.of_format)
-        self.across = self.order.numel() // COLUMNS
-        self.tile_map = tensor.tile_formats().to(self.device)
-        self.present = torch.stack(
-            [self._cut(self._formats() == index).any(3).any(1) for index in self._indices()]
-        )
-        self.kinds, kind = self._kinds()
-        panel, block = torch.nonzero(kind >= 0, as_tuple=True)
-        kind = kind[panel, block]
-        sort = torch.argsort(panel * len(self.kinds) + kind, stable=True)
-        self.panel, self.block, self.kind = panel[sort], block[sort], kind[sort]
-        self.mixes = any(bits == MIXED for _, bits in self.kinds)
-        self.wide = self._wide() if self.mixes else torch.empty(0, device=self.device)
+class _Packed(Cut):
+    """A weight that is cut into cells, and their arrays."""
 
     def prepared(self, original: QuantizedTensor) -> Prepared:
         """Pack all arrays; `original` has the orders and the outliers."""
@@ -86,7 +55,9 @@ class _Cells:
         if table_by == "row":
             table = self._cells(table, sub)
         eights = self._eights(sub, table_by)
-        words, start = self._words(codes, are_grouped(self.kinds, sub), eights > 0)
+        rounded = isinstance(self.tensor.activations, BandRule) and scale_type == "pair"
+        in_bytes = rounded and sub == COLUMNS and all(grid == AFFINE for grid, _ in self.kinds)
+        words, start = self._words(codes, are_grouped(self.kinds, sub), eights > 0, in_bytes)
         columns, rows = orders.of(original, self.order)
         return Prepared(
             (self.out,),
@@ -97,6 +68,7 @@ class _Cells:
             scale_type,
             table_by,
             eights,
+            in_bytes,
             self.tensor.activations,
             Arrays(
                 columns,
@@ -116,79 +88,6 @@ class _Cells:
                 columns.new_empty(0),
             ),
         )
-
-    def _indices(self) -> range:
-        return range(len(self.tensor.formats))
-
-    def _formats(self) -> Tensor:
-        """Return the format of each weight, [out, padded]; 255 where there is no column."""
-        tile = self.tensor.tile
-        rows = torch.arange(self.out, device=self.device) // tile[0]
-        used = self.tile_map[rows][:, self.order.clamp(min=0) // tile[1]]
-        return torch.where(self.order >= 0, used, 255)
-
-    def _cut(self, matrix: Tensor) -> Tensor:
-        """View [out, padded / n] as [panels, 64, cells across, 128 / n], filled by zeros."""
-        filled = torch.nn.functional.pad(matrix, (0, 0, 0, self.panels * ROWS - self.out))
-        return filled.view(self.panels, ROWS, self.across, -1)
-
-    def _cells(self, matrix: Tensor, step: int = 1) -> Tensor:
-        """Take [out, padded] apart into [cells, 64, 128 / step], every step-th column."""
-        return self._cut(matrix[:, ::step])[self.panel, :, self.block]
-
-    def _spread(self, value: Value, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Lay out a number of each code, or group, as [out, padded]; 0 where there is none."""
-        matrix = torch.zeros(self.tensor.shape, dtype=dtype, device=self.device)
-        for section, codes, parameters in self.tensor.sections():
-            if section.format.bits:
-                each = value(section, codes, parameters).expand(codes.shape)
-                section.scatter(matrix, section.ungroup(each))
-        return self._ordered(matrix)
-
-    def _ordered(self, matrix: Tensor) -> Tensor:
-        return torch.where(self.order >= 0, matrix[:, self.order.clamp(min=0)], 0)
-
-    def _kinds(self) -> tuple[tuple[Kind, ...], Tensor]:
-        """Decide on the kind of each cell: [panels, across] of indices, -1 where nothing is."""
-        least, most, bits = (
-            torch.full((self.panels, self.across), start, device=self.device)
-            for start in (RAW + 1, -1, 0)
-        )
-        for kind, here in zip(self.of_format, self.present, strict=True):
-            if kind is not None:
-                least = torch.where(here, least.clamp(max=kind[0]), least)
-                most = torch.where(here, most.clamp(min=kind[0]), most)
-                bits = torch.where(here, bits.clamp(min=kind[1]), bits)
-        blocks = self._boundaries(BLOCK, [self._tile_numbers()])
-        both = (least == E2M1) & (most == E4M3) & blocks
-        unlike = (least != most) & ~both
-        grid = torch.where(unlike, RAW, least)
-        bits = torch.where(both, MIXED, torch.where(unlike, 32, bits))
-        found = torch.where(most >= 0, grid * 64 + bits, -1)
-        kinds = [each for each in found.unique().tolist() if each >= 0]
-        numbers = torch.full_like(found, -1)
-        for number, each in enumerate(kinds):
-            numbers[found == each] = number
-        return tuple((each // 64, each % 64) for each in kinds), numbers
-
-    def _tile_numbers(self) -> Tensor:
-        return self.order // self.tensor.tile[1]
-
-    def _boundaries(self, step: int, numbers: list[Tensor]) -> bool:
-        """Tell whether columns that stand together in `step` are of one part in every sense."""
-        real = (self.order >= 0).view(-1, step)
-        for each in numbers:
-            parts = each.view(-1, step)
-            if bool(((parts != parts[:, :1]) & real).any()):
-                return False
-        return True
-
-    def _members(self, number: int) -> list[int]:
-        """List the formats that occur in cells of a kind."""
-        kind = torch.full((self.panels, self.across), -1, device=self.device)
-        kind[self.panel, self.block] = self.kind
-        here = (self.present & (kind == number)).flatten(1).any(1)
-        return [index for index in self._indices() if here[index] and self.of_format[index]]
 
     def _tensor_scales(self) -> list[float]:
         scales: list[float] = self.tensor.tensor_scales.clone().view(torch.float32).tolist()
@@ -343,7 +242,9 @@ class _Cells:
         places = torch.arange(self.panels, device=self.device)[:, None] * kinds
         return ends[places + torch.arange(kinds + 1, device=self.device)].to(torch.int32)
 
-    def _words(self, codes: Tensor, moved: bool, picked: bool) -> tuple[Tensor, Tensor]:
+    def _words(
+        self, codes: Tensor, moved: bool, picked: bool, in_bytes: bool
+    ) -> tuple[Tensor, Tensor]:
         """Pack the codes of all cells; also where each kind of each panel starts."""
         sizes = torch.tensor([ROWS * row_words(kind) for kind in self.kinds], device=self.device)
         ends = sizes[self.kind].cumsum(0)
@@ -365,6 +266,8 @@ class _Cells:
                     cells = grouped(cells)
                 if kind[0] == RAW:
                     packed = cells.contiguous().view(torch.int16).flatten(1)
+                elif in_bytes:
+                    packed = pack_bytes(cells, kind[1]).view(torch.int16)
                 elif picked and lookups.is_picked(kind):
                     packed = lookups.pack(cells, kind[1])
                 else:
@@ -372,6 +275,7 @@ class _Cells:
                 places = 2 * begins[part][:, None] + torch.arange(2 * size, device=self.device)
                 words[places.flatten()] = packed.flatten()
         ends = torch.cat([ends.new_zeros(1), ends])
+        words = words.view(torch.int8) if in_bytes else words
         return words, (ends[self._first()[:, :-1].long()] // ROWS).to(torch.int32)
 
     def _halves(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,13 +290,6 @@ class _Cells:
         counts = counts.sum(1)
         first = counts.cumsum(0) - counts
         return flags.to(torch.int32), pack_high(high), first.to(torch.int32)
-
-    def _wide(self) -> Tensor:
-        """Tell which blocks of mixed cells are E4M3: [cells, 64, 8]."""
-        wide = torch.zeros(256, dtype=torch.bool, device=self.device)
-        wide[[n for n, kind in enumerate(self.of_format) if kind == (E4M3, 8)]] = True
-        mixed = torch.tensor([bits == MIXED for _, bits in self.kinds], device=self.device)
-        return self._cells(wide[self._formats().int()], BLOCK) & mixed[self.kind].view(-1, 1, 1)
 
 
 def _fours(scales: Tensor) -> Tensor:

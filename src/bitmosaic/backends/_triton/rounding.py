@@ -134,15 +134,16 @@ def round_bands(
     source,
     band_of,
     codes,
+    sums,
     scales,
     padded,
     LEVELS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Round a token in bands: int8 codes [tokens, padded] in prepared order, and the scales.
+    """Round a token in bands: int8 codes [tokens, padded] in prepared order, sums, and the scales.
 
     `source` names the in_channel of each prepared column, -1 for none; `band_of` the band of each
-    128 of them; LEVELS the largest code of each band.
+    SIZE of them; LEVELS the largest code of each band; `sums` are of the codes of each SIZE.
     """
     token = tl.program_id(0).to(tl.int64)
     for index in tl.static_range(len(LEVELS)):
@@ -151,6 +152,7 @@ def round_bands(
             source,
             band_of,
             codes + token * padded,
+            sums + token * (padded // SIZE),
             scales + token * len(LEVELS) + index,
             padded,
             index,
@@ -165,6 +167,7 @@ def round_band(
     source,
     band_of,
     codes,
+    sums,
     scale,
     padded,
     BAND: tl.constexpr,
@@ -194,3 +197,5 @@ def round_band(
         value = tl.load(x + given, mask=mine & (given >= 0), other=0.0).to(tl.float32)
         code = tl.where(usable, nearest_whole(value * inverse), 0.0)
         tl.store(codes + column, code.to(tl.int8), mask=mine)
+        own = tl.load(band_of + first // SIZE) == BAND
+        tl.store(sums + first // SIZE, tl.reduce(code.to(tl.int32), 0, plus), mask=own)

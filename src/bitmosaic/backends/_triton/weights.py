@@ -15,7 +15,6 @@ from bitmosaic.activations import ActivationRule
 from bitmosaic.backends._triton import choices, counters, lookups, merging
 from bitmosaic.backends._triton.layout import COLUMNS, FP16, Prepared
 from bitmosaic.backends._triton.prepare import prepare
-from bitmosaic.bands import BandRule
 from bitmosaic.tensor import QuantizedTensor, invert
 
 
@@ -44,7 +43,7 @@ class Ready:
         self.across = prepared.padded // COLUMNS
         rows = arrays.rows
         self.places = invert(rows[rows >= 0].long()) if rows.numel() and not members else None
-        self.whole = isinstance(rule, BandRule) and prepared.whole_numbers
+        self.whole = prepared.in_bytes
         self.constants: dict[str, Any] = {
             "KINDS": prepared.kinds,
             "SUBS": COLUMNS // prepared.sub,
