@@ -106,6 +106,34 @@ def kind_picked(
 
 
 @triton.jit
+def mixed_product(
+    w,
+    cell,
+    at,
+    inputs,
+    scale,
+    factors,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """Multiply a cell of E2M1 and E4M3 blocks: each has a product, in which the other is 0."""
+    DTYPE: tl.constexpr = inputs.dtype
+    HALF: tl.constexpr = tl.bfloat16 if DTYPE == tl.float32 else DTYPE
+    values, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
+    zero = tl.full(scale.shape, 0.0, scale.dtype)
+    low, high = tl.where(broad, zero, scale), tl.where(broad, scale, zero)
+    narrow = raised(values, E2M1, SUBS, SCALE, DTYPE)
+    narrow = scaled(narrow, low, E2M1, SUBS, SCALE, GROUPED, DTYPE)
+    other = raised(values, E4M3, SUBS, SCALE, DTYPE)
+    other = scaled(other, high, E4M3, SUBS, SCALE, GROUPED, DTYPE)
+    LEFT: tl.constexpr = left_to_factor(E2M1, SUBS, SCALE, DTYPE)
+    OTHER: tl.constexpr = left_to_factor(E4M3, SUBS, SCALE, DTYPE)
+    total = product(narrow, inputs) * (tl.load(factors) * LEFT)
+    return total + product(other, inputs) * (tl.load(factors + 1) * OTHER)
+
+
+@triton.jit
 def kind_product(
     total,
     w,
@@ -158,32 +186,7 @@ def kind_product(
         at = (start + number * WORDS) * (2 * ROWS)
         scale, point = read_scales(w, cell, SCALE, SUBS, POINTS, inputs.dtype)
         if BITS == MIXED:
-            # Each tensor scale has a product of its own, in which the other blocks are 0.
-            HALF: tl.constexpr = tl.bfloat16 if inputs.dtype == tl.float32 else inputs.dtype
-            values, broad = read_blocks(w, cell, at, HALF), wide(w, cell, SUBS)
-            zero = tl.full(scale.shape, 0.0, scale.dtype)
-            narrow = scaled(
-                raised(values, E2M1, SUBS, SCALE, inputs.dtype),
-                tl.where(broad, zero, scale),
-                E2M1,
-                SUBS,
-                SCALE,
-                GROUPED,
-                inputs.dtype,
-            )
-            broad = scaled(
-                raised(values, E4M3, SUBS, SCALE, inputs.dtype),
-                tl.where(broad, scale, zero),
-                E4M3,
-                SUBS,
-                SCALE,
-                GROUPED,
-                inputs.dtype,
-            )
-            LEFT: tl.constexpr = left_to_factor(E2M1, SUBS, SCALE, inputs.dtype)
-            OTHER: tl.constexpr = left_to_factor(E4M3, SUBS, SCALE, inputs.dtype)
-            total += product(narrow, inputs) * (factor * LEFT)
-            total += product(broad, inputs) * (tl.load(factors + 1) * OTHER)
+            total += mixed_product(w, cell, at, inputs, scale, factors, SUBS, SCALE, GROUPED)
         else:
             weights = read_cell(
                 w,
