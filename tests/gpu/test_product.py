@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from importlib import resources
 
 import pytest
 import torch
@@ -325,87 +323,6 @@ def test_one_flipped_bit_is_noticed(array: str) -> None:
     assert noticed >= 2
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *((layout.AFFINE, bits) for bits in (1, 2, 3, 4, 8)),
-        (layout.FP16, 16),
-        (layout.E2M1, 4),
-        (layout.E2M1, layout.MIXED),
-    ],
-)
-def test_words_are_what_the_layout_says(kind: layout.Kind) -> None:
-    kept = 4 if kind[1] == layout.MIXED else kind[1]
-    codes = torch.randint(2**kept, (2, 64, 128))
-    cell = layout.pack(codes, kind)[1].long() & 0xFFFF
-    assert cell.numel() == 2 * 64 * layout.row_words(kind)
-
-    def half(thread: int, number: int, count: int, begin: int, h: int) -> int:
-        """Return half a word: the number of a word among `count` of a thread, after `begin`."""
-        chunk, place = divmod(number, min(4, count))
-        return int(cell[begin + (chunk * 128 + thread) * 2 * min(4, count) + 2 * place + h])
-
-    def code(row: int, column: int) -> int:
-        w, i, l = row // 16, row % 16 // 8, row % 8  # noqa: E741
-        c, q, h = column // 2 % 4, column // 8, column % 2
-        thread = (w * 8 + l) * 4 + c
-        if kept == 3:
-            words = [half(thread, 2 * i + t, 4, 0, h) for t in (0, 1)] + [
-                half(thread, i, 2, 1024, h)
-            ]
-            if q == 15:
-                return sum((words[t] >> 15) << t for t in range(3))
-            return words[q // 5] >> 3 * (q % 5) & 7
-        t, j = q % kept, q // kept
-        word = half(thread, i * kept + t, 2 * kept, 0, h)
-        if kind[0] == layout.E2M1:
-            return sum((word >> place & 1) << bit for bit, place in enumerate(layout.NIBBLES[j]))
-        return word >> kept * j & (2**kept - 1)
-
-    found = torch.tensor([[code(row, column) for column in range(128)] for row in range(64)])
-    assert torch.equal(found, codes[1])
-
-
-def test_places_of_columns_in_groups() -> None:
-    cells = layout.grouped(torch.arange(128).expand(2, 64, 128))
-    for q in range(16):
-        for c in range(4):
-            for h in range(2):
-                assert (cells[:, :, 8 * q + 2 * c + h] == 32 * c + 2 * q + h).all()
-
-
-def test_places_of_bits() -> None:
-    for places in (layout.NIBBLES, layout.UPPERS):
-        assert sorted(place for bits in places for place in bits) == list(range(16))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_bytes_are_what_the_layout_says(bits: int) -> None:
-    codes = torch.randint(2**bits, (2, 64, 128))
-    cell = layout.pack_bytes(codes, bits)[1].long() & 255
-    assert cell.numel() == 4 * 64 * layout.row_words((layout.AFFINE, bits))
-
-    def byte(thread: int, number: int, count: int, begin: int, h: int) -> int:
-        """Return a byte of a word: the number of a word among `count` of a thread."""
-        chunk, place = divmod(number, min(4, count))
-        return int(cell[begin + (chunk * 128 + thread) * 4 * min(4, count) + 4 * place + h])
-
-    def code(row: int, column: int) -> int:
-        w, i, l = row // 16, row % 16 // 8, row % 8  # noqa: E741
-        q, c, h = column // 16, column // 4 % 4, column % 4
-        thread = (w * 8 + l) * 4 + c
-        if bits != 3:
-            t, j = q % bits, q // bits
-            return byte(thread, i * bits + t, 2 * bits, 0, h) >> bits * j & (2**bits - 1)
-        words = [byte(thread, 2 * i + t, 4, 0, h) for t in (0, 1)] + [byte(thread, i, 2, 2048, h)]
-        if q >= 6:
-            return sum((words[t] >> q & 1) << t for t in range(3))
-        return words[q // 2] >> 3 * (q % 2) & 7
-
-    found = torch.tensor([[code(row, column) for column in range(128)] for row in range(64)])
-    assert torch.equal(found, codes[1])
-
-
 def test_same_input_same_bits() -> None:
     """Whatever else runs beside it: a result depends on its own token alone."""
     prepared = BACKEND.prepare(mixture(SFMP, (70, 500), (64, 128), permuted=True))
@@ -463,42 +380,3 @@ def test_what_it_objects_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BACKEND.objection(tensor, cuda) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'bitmosaic[gpu]'" in (BACKEND.objection(tensor, cuda) or "")
-
-
-def test_sizes_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "_device", lambda device: ("some", 132, 9))
-    cuda = torch.device("cuda")
-    one = choices.choose(cuda, 1, 64, 32)
-    assert (one.tokens, one.dense) == (8, False)
-    assert 64 * one.parts >= 4 * 132
-    assert choices.choose(cuda, 1, 2000, 32).parts == 1
-    assert choices.choose(cuda, 1, 1, 2).parts == 1
-    assert choices.choose(cuda, 64, 64, 32).tokens == 64
-    assert choices.choose(cuda, 2048, 64, 32).dense
-    better = {"tokens": 32, "parts": 2, "warps": 8, "stages": 5, "dense": False}
-    entry = {"most_tokens": 8, "most_cells": 4096, "choice": better}
-    monkeypatch.setattr(choices, "_tables", lambda: {"some": [entry]})
-    assert choices.choose(cuda, 8, 64, 32) == Choice(**better)
-    assert choices.choose(cuda, 9, 64, 32).warps == 4
-
-
-def test_sizes_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where memory is slow beside the tensor cores' work, copies pay late; on Blackwell soon."""
-    h200, blackwell = choices.crossover("NVIDIA H200", 9), choices.crossover("NVIDIA B200", 10)
-    gaming = choices.crossover("NVIDIA GeForce RTX 4090", 8)
-    assert blackwell < h200 < gaming
-    assert choices.crossover("a GPU of next year", 13) == choices.MOST_FROM_CODES
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(choices, "_device", lambda device: ("NVIDIA GeForce RTX 4090", 128, 8))
-    assert not choices.choose(cuda, gaming, 64, 32).dense
-    assert choices.choose(cuda, gaming + 1, 64, 32).dense
-    assert choices.choose(cuda, 65, 64, 32, most=16).dense
-    monkeypatch.setattr(choices, "_device", lambda device: ("NVIDIA B200", 148, 10))
-    assert [choices.choose(cuda, count, 64, 32).tokens for count in (1, 32, 33)] == [8, 8, 64]
-
-
-def test_every_known_device_can_be_calculated() -> None:
-    text = resources.files(choices.__package__).joinpath("gpus.json").read_text()
-    for name in json.loads(text):
-        found = {choices.crossover(name, capability) for capability in choices._INSTRUCTIONS}
-        assert all(64 <= each <= 4096 for each in found)
