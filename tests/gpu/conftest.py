@@ -1,5 +1,8 @@
 """Kernels of the GPU run here in Triton's interpreter, on the CPU, to the same numbers.
 
+With EMULATED_GPU=80, 90 or 100 they are compiled for such a GPU, and their PTX is run: what the
+compiler made of them, instruction by instruction (`emulated_gpu`).
+
 The interpreter keeps bfloat16 as the integers of its bits and calculates with these; its casts cut
 off.  So both are set right here: calculated in float32, rounded to nearest even, as GPUs do.
 """
@@ -7,6 +10,7 @@ off.  So both are set right here: calculated in float32, rounded to nearest even
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+EMULATED = int(os.environ.get("EMULATED_GPU", "0"))
+
 if importlib.util.find_spec("triton") is None:  # there is none but for Linux
     collect_ignore_glob = ["test_*.py"]
+elif EMULATED:
+    from emulated_gpu.driver import install
+
+    install(EMULATED)
 else:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -35,8 +45,24 @@ def narrowed(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the backend run on the CPU, with bfloat16 as it should be."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backend run on the CPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if EMULATED:
+        emulated(monkeypatch)
+    else:
+        interpreted(monkeypatch)
+
+
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sizes be those for such a GPU."""
+    from bitmosaic.backends._triton import choices
+
+    monkeypatch.setattr(choices, "_device", lambda device: ("emulated", 132, EMULATED // 10))
+
+
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bfloat16 be as it should be."""
     binary, cast = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl
     dot = InterpreterBuilder.create_dot
 
@@ -68,4 +94,3 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(InterpreterBuilder, "get_bf16", get_bf16, raising=False)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bitmosaic.backends._triton import pairs
+from bitmosaic.backends._triton import choices, layout, pairs
 
 CODE = """#linear = #ttg.linear<{register = [[0, 0, 1], [0, 1, 0]], lane = [[0, 0, 2]]}>
 #other = #ttg.linear<{register = [[0, 1, 0], [0, 0, 1]], lane = [[0, 0, 2]]}>
@@ -15,9 +16,9 @@ CODE = """#linear = #ttg.linear<{register = [[0, 0, 1], [0, 1, 0]], lane = [[0, 
 """
 
 
-@pytest.mark.parametrize("layout", ["#other", "#blocked"])
-def test_pairs_that_are_no_neighbours(layout: str) -> None:
-    kernel = SimpleNamespace(asm={"ttgir": CODE.replace("LAYOUT", layout)})
+@pytest.mark.parametrize("name", ["#other", "#blocked"])
+def test_pairs_that_are_no_neighbours(name: str) -> None:
+    kernel = SimpleNamespace(asm={"ttgir": CODE.replace("LAYOUT", name), "ptx": ""})
     assert pairs.torn(kernel.asm["ttgir"]) == 1
     for _ in range(2):
         with pytest.raises(RuntimeError, match="must keep pairs of codes together"):
@@ -25,9 +26,17 @@ def test_pairs_that_are_no_neighbours(layout: str) -> None:
 
 
 def test_pairs_that_are() -> None:
-    kernel = SimpleNamespace(asm={"ttgir": CODE.replace("LAYOUT", "#linear")})
+    kernel = SimpleNamespace(asm={"ttgir": CODE.replace("LAYOUT", "#linear"), "ptx": ""})
     pairs.check(kernel)
     pairs.check(None)
+
+
+def test_float32_is_not_rounded() -> None:
+    ptx = "tcgen05.mma.cta_group::1.kind::tf32 [%r1], [%r2], %rd1, %r3, %p1;"
+    kernel = SimpleNamespace(asm={"ttgir": "", "ptx": ptx})
+    with pytest.raises(RuntimeError, match="must multiply float32 as it is, but it does not"):
+        pairs.check(kernel)
+    assert choices.most_tokens(10, ((layout.AFFINE, 4),), 0, torch.float32) == 8
 
 
 @pytest.mark.parametrize("steps", [[[0, 1], [0, 2]], [[0, 1], [1, 0]], [[0, 2], [0, 1]]])

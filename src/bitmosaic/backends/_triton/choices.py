@@ -79,6 +79,11 @@ def choose(
     return _split(sizes, tokens, panels, across, multiprocessors)
 
 
+def capability(device: torch.device) -> int:
+    """Return the major compute capability, 0 of a CPU."""
+    return _device(device)[2]
+
+
 def most_from_codes(device: torch.device) -> int:
     """Return the tokens up to which weights are multiplied from their codes, not from a copy."""
     name, _, capability = _device(device)
@@ -109,8 +114,16 @@ def crossover(name: str, capability: int) -> int:
     return max(tokens, MOST_TOKENS // 2)
 
 
-def most_tokens(capability: int, kinds: Sequence[Kind], eights: int) -> int:
-    """Return the tokens of a program for whose sums there are registers."""
+def most_tokens(
+    capability: int, kinds: Sequence[Kind], eights: int, dtype: torch.dtype | None = None
+) -> int:
+    """Return the tokens of a program for whose sums there are registers.
+
+    Of float32 on datacenter Blackwell, for which Triton does not take tensor cores: they would
+    round to TF32 there, whatever precision is asked for (Triton 3.7.1).
+    """
+    if dtype == torch.float32 and capability == _DATACENTER_BLACKWELL:
+        return 8
     if eights:  # eight sums of each
         return 16
     mixed = any(bits == MIXED for _, bits in kinds)

@@ -29,6 +29,13 @@ MIXED = tl.constexpr(layout.MIXED)
 
 
 @triton.jit
+def share(count):
+    """Return where this program's part of so many begins and ends: the grid's second axis."""
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    return count * part // parts, count * (part + 1) // parts
+
+
+@triton.jit
 def row_words(BITS: tl.constexpr):
     """Words that a row of a cell takes."""
     return 16 if BITS == MIXED else COLUMNS * BITS // 32

@@ -15,6 +15,7 @@ from bitmosaic.backends._triton.codes import (
     raising,
     read_blocks,
     row_words,
+    share,
     wide,
 )
 
@@ -25,7 +26,6 @@ def kind_decode(
     y,
     row,
     panel,
-    part,
     width,
     base,
     out,
@@ -41,7 +41,6 @@ def kind_decode(
     GROUPED: tl.constexpr,
     IN_BYTES: tl.constexpr,
     GATHER: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """Write the numbers of one part of a panel's cells of one kind to the rows of y named `row`."""
     WORDS: tl.constexpr = row_words(BITS)
@@ -50,7 +49,8 @@ def kind_decode(
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
     factor = tl.load(w.factors + 2 * INDEX)
     # What the loops of several kinds have in common would not fit the registers beside them.
-    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, disable_licm=True):
+    begin, end = share(cells)
+    for number in tl.range(begin, end, disable_licm=True):
         cell = first + number
         block = tl.load(w.block + cell)
         at = (start + number * WORDS) * (2 * ROWS)
@@ -112,7 +112,6 @@ def decode(
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     PICK: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """Write decoded weights, without outliers, into y, whose entries are zero.
 
@@ -134,7 +133,6 @@ def decode(
             y,
             row,
             panel,
-            tl.program_id(1),
             width,
             base,
             out,
@@ -150,7 +148,6 @@ def decode(
             GROUPED,
             IN_BYTES,
             GATHER,
-            PARTS,
         )
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton.cells import read_scales
-from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_byte_codes, row_words
+from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_byte_codes, row_words, share
 from bitmosaic.backends._triton.results import deliver
 
 
@@ -25,7 +25,6 @@ def kind_whole(
     scales,
     bands,
     panel,
-    part,
     token,
     tokens,
     padded,
@@ -33,7 +32,6 @@ def kind_whole(
     INDEX: tl.constexpr,
     COUNT: tl.constexpr,
     POINTS: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -49,12 +47,8 @@ def kind_whole(
     cells = tl.load(w.first + panel * (COUNT + 1) + INDEX + 1) - first
     start = tl.load(w.start + panel * COUNT + INDEX).to(tl.int64)
     factor = tl.load(w.factors + 2 * INDEX)
-    for number in tl.range(
-        cells * part // PARTS,
-        cells * (part + 1) // PARTS,
-        num_stages=STAGES,
-        loop_unroll_factor=UNROLL,
-    ):
+    begin, end = share(cells)
+    for number in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=UNROLL):
         cell = first + number
         block = tl.load(w.block + cell)
         known = token[None, :] < tokens
@@ -92,8 +86,8 @@ def multiply_whole(
     POINTS: tl.constexpr,
     SCATTER: tl.constexpr,
     BIAS: tl.constexpr,
+    SHARED: tl.constexpr,
     TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -101,7 +95,7 @@ def multiply_whole(
 
     `scales` [tokens, bands] are the inputs', `sums` [tokens, padded / 128] those of their codes.
     """
-    panel, part = tl.program_id(0), tl.program_id(1)
+    panel = tl.program_id(0)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     for index in tl.static_range(len(KINDS)):
@@ -113,7 +107,6 @@ def multiply_whole(
             scales,
             bands,
             panel,
-            part,
             token,
             tokens,
             padded,
@@ -121,10 +114,9 @@ def multiply_whole(
             index,
             len(KINDS),
             POINTS,
-            PARTS,
             STAGES,
             UNROLL,
         )
     deliver(
-        w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, False, PARTS
+        w, total, y, bias, parts, counters, 1.0, token, tokens, out, SCATTER, BIAS, False, SHARED
     )

@@ -23,11 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitmosaic.backends._triton.codes import (
-    ROWS,
-    TABLE,
-)
-from bitmosaic.backends._triton.loops import kind_picked, kind_product, product
+from bitmosaic.backends._triton.codes import ROWS, TABLE, share
+from bitmosaic.backends._triton.loops import kind_picked, kind_product, prefetch, product
 from bitmosaic.backends._triton.results import deliver
 
 
@@ -38,7 +35,6 @@ def panel_product(
     x,
     stride,
     panel,
-    part,
     token,
     tokens,
     width,
@@ -55,13 +51,14 @@ def panel_product(
     MANY: tl.constexpr,
     ONE: tl.constexpr,
     TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Multiply one part of the cells of a panel: float32 [64, tokens]."""
     PICKS: tl.constexpr = EIGHTS and TOKENS <= 16 and x.dtype.element_ty != tl.float32
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    for index in tl.static_range(1, len(KINDS)):
+        prefetch(w, panel, KINDS[index][1], index, len(KINDS), MANY)
     for index in tl.static_range(len(KINDS)):
         if PICKS and KINDS[index][0] == TABLE and KINDS[index][1] <= 4:
             total = kind_picked(
@@ -71,7 +68,6 @@ def panel_product(
                 x,
                 stride,
                 panel,
-                part,
                 token,
                 tokens,
                 width,
@@ -86,7 +82,6 @@ def panel_product(
                 CUT,
                 MANY,
                 ONE,
-                PARTS,
                 STAGES,
             )
         else:
@@ -96,7 +91,6 @@ def panel_product(
                 x,
                 stride,
                 panel,
-                part,
                 token,
                 tokens,
                 width,
@@ -115,7 +109,6 @@ def panel_product(
                 GROUPED,
                 MANY,
                 ONE,
-                PARTS,
                 STAGES,
                 UNROLL,
             )
@@ -128,22 +121,20 @@ def outlier_product(
     x,
     stride,
     panel,
-    part,
     token,
     tokens,
     TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Multiply one part of the outliers of a panel, as cells with one entry in each column."""
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     begin = tl.load(w.outlier_first + panel)
     count = tl.load(w.outlier_first + panel + 1) - begin
-    last = begin + count * (part + 1) // PARTS
+    first, last = share(count)
     row = tl.arange(0, ROWS)[:, None]
-    for first in range(begin + count * part // PARTS, last, CHUNK):
-        each = first + tl.arange(0, CHUNK)
-        here = each < last
+    for number in range(begin + first, begin + last, CHUNK):
+        each = number + tl.arange(0, CHUNK)
+        here = each < begin + last
         column = tl.load(w.outlier_columns + each, mask=here, other=0)
         known = here[:, None] & (token[None, :] < tokens)
         place = token[None, :].to(tl.int64) * stride + column[:, None]
@@ -185,8 +176,8 @@ def multiply(
     BIAS: tl.constexpr,
     MANY: tl.constexpr,
     ONE: tl.constexpr,
+    SHARED: tl.constexpr,
     TOKENS: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -194,7 +185,7 @@ def multiply(
 
     x may be in prepared order, its columns counted from `base`; outliers multiply it as `given`.
     """
-    panel, part = tl.program_id(0), tl.program_id(1)
+    panel = tl.program_id(0)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     total = panel_product(
         w,
@@ -202,7 +193,6 @@ def multiply(
         x,
         stride,
         panel,
-        part,
         token,
         tokens,
         width,
@@ -219,14 +209,11 @@ def multiply(
         MANY,
         ONE,
         TOKENS,
-        PARTS,
         STAGES,
         UNROLL,
     )
     if OUTLIERS:
-        total += outlier_product(
-            w, given, given_stride, panel, part, token, tokens, TOKENS, PARTS, 64
-        )
+        total += outlier_product(w, given, given_stride, panel, token, tokens, TOKENS, 64)
     deliver(
-        w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, MANY, PARTS
+        w, total, y, bias, parts, counters, unit, token, tokens, out, SCATTER, BIAS, MANY, SHARED
     )

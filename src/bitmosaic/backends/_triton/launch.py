@@ -112,7 +112,7 @@ def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> No
     unit = 1.0
     if ready.rule is not None:
         x, unit = _rounded(ready, x), ready.rule.unit
-    if choices.choose(x.device, x.shape[0], ready.panels, ready.across, ready.most).dense:
+    if _choice(ready, x).dense:
         begin = 0
         for member in ready.members:
             end = begin + member.out
@@ -126,7 +126,7 @@ def multiply_many(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor) -> No
 def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
     """Write x W^T unit + bias into y; many tokens are multiplied by a decoded copy."""
     tokens, bias_given = x.shape[0], bias is not None
-    choice = choices.choose(x.device, tokens, ready.panels, ready.across, ready.most)
+    choice = _choice(ready, x)
     if choice.dense and x.dtype == y.dtype:
         _multiply_by_copy(ready, in_order(ready, x), bias, y, unit)
         return
@@ -163,13 +163,18 @@ def multiply(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: floa
         MANY=len(ready.members) > 0,
         ONE=tokens == 1,
         TOKENS=choice.tokens,
-        PARTS=choice.parts,
+        SHARED=choice.parts > 1,
         STAGES=choice.stages,
-        UNROLL=choice.unroll if ready.simple else 1,
+        UNROLL=choice.unroll if ready.unrolls else 1,
         num_warps=choice.warps,
         **choices.limits(ready.capability, ready.prepared.kinds, choice.tokens),
     )
     pairs.check(compiled)
+
+
+def _choice(ready: Ready, x: Tensor) -> Choice:
+    most = ready.most(x.dtype)
+    return choices.choose(x.device, x.shape[0], ready.panels, ready.across, most)
 
 
 def _multiply_by_copy(ready: Ready, x: Tensor, bias: Tensor | None, y: Tensor, unit: float) -> None:
@@ -235,9 +240,9 @@ def _multiply_whole(
         SCATTER=ready.constants["SCATTER"],
         BIAS=bias_given,
         TOKENS=choice.tokens,
-        PARTS=choice.parts,
+        SHARED=choice.parts > 1,
         STAGES=choice.stages,
-        UNROLL=choice.unroll,
+        UNROLL=choice.unroll if ready.unrolls else 1,
         num_warps=choice.warps,
     )
     pairs.check(compiled)
@@ -289,7 +294,6 @@ def decode(
             IN_BYTES=ready.whole,
             GATHER=ready.ordered and not stored,
             PICK=picked is not None,
-            PARTS=_DENSE_PARTS,
             num_warps=DECODE_WARPS,
         )
         pairs.check(compiled)

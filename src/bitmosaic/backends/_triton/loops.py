@@ -11,12 +11,14 @@ from bitmosaic.backends._triton.codes import (
     COLUMNS,
     E2M1,
     E4M3,
+    INTERPRETED,
     MIXED,
     ROWS,
     left_to_factor,
     raised,
     read_blocks,
     row_words,
+    share,
     wide,
 )
 from bitmosaic.backends._triton.inputs import read_inputs
@@ -58,6 +60,41 @@ def cells_of(w, panel, INDEX: tl.constexpr, COUNT: tl.constexpr, MANY: tl.conste
 
 
 @triton.jit
+def prefetch(
+    w,
+    panel,
+    BITS: tl.constexpr,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """Have the second cache fetch a part's cells of a kind whose turn comes later, 16 KB at most.
+
+    Loads are ahead of products within a kind's loop alone.  Of several kinds a program has few
+    cells of each, and would wait for the memory at each loop's beginning.
+    """
+    if not INTERPRETED:
+        _, cells, start, _ = cells_of(w, panel, INDEX, COUNT, MANY)
+        BYTES: tl.constexpr = 4 * ROWS * row_words(BITS)
+        begin, end = share(cells)
+        place = begin * BYTES + 128 * tl.arange(0, 128)
+        words = w.words.to(tl.pointer_type(tl.int8)) + start * (4 * ROWS)
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred mine;
+            setp.ne.b32 mine, $2, 0;
+            @mine prefetch.global.L2 [$1];
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [(words + place).to(tl.int64), (place < end * BYTES).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def kind_picked(
     total,
     w,
@@ -65,7 +102,6 @@ def kind_picked(
     x,
     stride,
     panel,
-    part,
     token,
     tokens,
     width,
@@ -80,7 +116,6 @@ def kind_picked(
     CUT: tl.constexpr,
     MANY: tl.constexpr,
     ONE: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Do `kind_product` for few tokens and tables in registers: warps share the columns."""
@@ -88,7 +123,8 @@ def kind_picked(
     SLICE: tl.constexpr = COLUMNS // 8
     first, cells, start, factors = cells_of(w, panel, INDEX, COUNT, MANY)
     slices = tl.full((8, ROWS, TOKENS), 0.0, tl.float32)
-    for number in tl.range(cells * part // PARTS, cells * (part + 1) // PARTS, num_stages=STAGES):
+    begin, end = share(cells)
+    for number in tl.range(begin, end, num_stages=STAGES):
         cell = first + number
         block = tl.load(w.block + cell)
         inputs = read_inputs(
@@ -140,7 +176,6 @@ def kind_product(
     x,
     stride,
     panel,
-    part,
     token,
     tokens,
     width,
@@ -159,7 +194,6 @@ def kind_product(
     GROUPED: tl.constexpr,
     MANY: tl.constexpr,
     ONE: tl.constexpr,
-    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -172,12 +206,8 @@ def kind_product(
     EXACT: tl.constexpr = PLAIN and SUBS <= 8 and token.shape[0] <= 32
     first, cells, start, factors = cells_of(w, panel, INDEX, COUNT, MANY)
     factor = tl.load(factors)
-    for number in tl.range(
-        cells * part // PARTS,
-        cells * (part + 1) // PARTS,
-        num_stages=STAGES,
-        loop_unroll_factor=UNROLL,
-    ):
+    begin, end = share(cells)
+    for number in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=UNROLL):
         cell = first + number
         block = tl.load(w.block + cell)
         inputs = read_inputs(

@@ -4,7 +4,8 @@ Two codes of a thread are shifted at once, by what is right for the first.  That
 where they are neighbours in the last axis, which no kernel can say: the compiler decides.  Nor can
 one say which 32 numbers of a thread are looked up together, and in which order they come
 (`lookups.assembly`).  The compiler did so wherever it was tried; another version of it must not
-change numbers silently.
+change numbers silently.  Nor may it round float32 to TF32, as Triton 3.7.1 does on Blackwell's
+tensor cores though it is told otherwise (`choices.most_tokens` keeps them out of it).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _ASSEMBLY = re.compile(
     r"elementwise_inline_asm.*packed_element = (\d+).*-> tensor<([x\d]+)xi\d+, (#\w+)>"
 )
 _LAYOUT = re.compile(r"^(#\w+) = #ttg\.linear<\{register = \[\[([^\n]*?)\]\]", re.MULTILINE)
-_STEPS = {2: ((-1, 1),), 4: ((-1, 1), (-1, 2)), 32: ((7, 1), (3, 1), (5, 1), (2, 1), (1, 1))}
+_STEPS = {1: (), 2: ((-1, 1),), 4: ((-1, 1), (-1, 2)), 32: ((7, 1), (3, 1), (5, 1), (2, 1), (1, 1))}
 """Axes along which numbers that are taken at once follow each other, and by how much, by doubles
 of their number."""
 _sound: set[int] = set()
@@ -38,13 +39,21 @@ def torn(code: str) -> int:
     return found
 
 
+def coarse(ptx: str) -> bool:
+    """Whether a kernel, in its machine's code (PTX), rounds float32 to TF32."""
+    return "tf32" in ptx
+
+
 def check(kernel: Any) -> None:
-    """Refuse a compiled kernel whose numbers are torn; `kernel` is what a launch returns."""
+    """Refuse a compiled kernel with wrong numbers; `kernel` is what a launch returns."""
     if kernel is None or id(kernel) in _sound:  # the interpreter's has nothing to show
         return
-    if torn(kernel.asm["ttgir"]):
+    fault = "keep pairs of codes together" if torn(kernel.asm["ttgir"]) else None
+    if coarse(kernel.asm["ptx"]):
+        fault = "multiply float32 as it is"
+    if fault is not None:
         raise RuntimeError(
-            f"Triton {triton.__version__} must keep pairs of codes together, but it does not: its "
-            "results would be wrong. Install triton 3.7.1, or choose the reference backend."
+            f"Triton {triton.__version__} must {fault}, but it does not: its results would be "
+            "wrong. Install triton 3.7.1, or choose the reference backend."
         )
     _sound.add(id(kernel))

@@ -66,15 +66,15 @@ def deliver(
     SCATTER: tl.constexpr,
     BIAS: tl.constexpr,
     MANY: tl.constexpr,
-    PARTS: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Write a program's sums [64, tokens] to y; of those that share a panel the last does it.
 
-    `parts` [PARTS, tokens, panels 64] holds what each has found, `counters` [token blocks, panels]
-    how many are done, and is left as it was: 0.
+    `parts` [programs of a panel, tokens, panels 64] holds what each has found, `counters`
+    [token blocks, panels] how many are done, and is left as it was: 0.
     """
-    panel, panels = tl.program_id(0), tl.num_programs(0)
-    if PARTS == 1:
+    panel, panels, count = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    if not SHARED:
         finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS, MANY)
     else:
         width, known = (panels * ROWS).to(tl.int64), token[None, :] < tokens
@@ -83,9 +83,9 @@ def deliver(
         tl.store(parts + tl.program_id(1) * size + place, total, mask=known)
         tl.debug_barrier()  # all threads have written before one of them counts
         counter = counters + tl.program_id(2) * panels + panel
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1:
             total = tl.full(total.shape, 0.0, tl.float32)
-            for part in range(PARTS):  # past the first cache, which knows nothing of other programs
+            for part in range(count):  # past the first cache, which knows nothing of other programs
                 total += tl.load(parts + part * size + place, mask=known, cache_modifier=".cg")
             tl.store(counter, 0)
             finish(w, total, y, bias, unit, panel, token, tokens, out, SCATTER, BIAS, MANY)

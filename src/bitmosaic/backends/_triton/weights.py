@@ -63,13 +63,12 @@ class Ready:
         self.sensitivity = self.nowhere.float()
         if isinstance(rule, ActivationRule) and rule.sensitivity is not None:
             self.sensitivity = rule.sensitivity.to(device, torch.float32)
-        self.capability = (
-            torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-        )
-        self.most = choices.most_tokens(self.capability, prepared.kinds, prepared.eights)
+        self.capability = choices.capability(device)
         self.most_from_codes = choices.most_from_codes(device)
-        # Cells that look up, or that mix, need the registers for themselves.
-        self.simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
+        # Cells that look up, or that mix, need the registers for themselves.  Of several kinds a
+        # program has few cells of each: what an unrolled loop leaves over is not loaded ahead.
+        simple = all(grid < FP16 and bits <= 8 for grid, bits in prepared.kinds)
+        self.unrolls = simple and len(prepared.kinds) == 1
         self.cut = prepared.padded != prepared.width
         self.outliers = arrays.outlier_first.numel() > 0
         self.stored = arrays
@@ -87,6 +86,11 @@ class Ready:
     def nbytes(self) -> int:
         """Bytes of memory that the prepared weight holds."""
         return self.prepared.nbytes
+
+    def most(self, dtype: torch.dtype) -> int:
+        """Return the tokens of a program for inputs of a type, at most."""
+        kinds, eights = self.prepared.kinds, self.prepared.eights
+        return choices.most_tokens(self.capability, kinds, eights, dtype)
 
     def looks(self, dtype: torch.dtype) -> Tensor:
         """Return the tables of codes that are looked up in registers, laid out when first asked."""
