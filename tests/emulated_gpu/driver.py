@@ -27,16 +27,21 @@ def install(architecture: int) -> None:
 
 
 class Compiler(CUDABackend):
-    """Stops at PTX, which is this GPU's own code."""
+    """Stops at PTX, which is this GPU's own code: its bytes are the binary."""
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__(target)
-        self.binary_ext = "ptx"
+        self.binary_ext = "bytes"
 
     def add_stages(self, stages: Any, options: Any, language: Any) -> None:
         """Name the steps of a compilation."""
         super().add_stages(stages, options, language)
         del stages["cubin"]
+        stages[self.binary_ext] = lambda source, metadata: source.encode()
+
+    def hash(self) -> str:
+        """Keep what is compiled so apart from what a GPU's driver has in the same cache."""
+        return f"emulated {super().hash()}"
 
 
 class Driver(DriverBase):

@@ -68,6 +68,7 @@ _REAL: dict[str, Callable[..., NDArray[np.float64]]] = {
     "div": np.divide,
     "fma": fused,
     "neg": np.negative,
+    "abs": np.abs,
     "min": np.fmin,
     "max": np.fmax,
 }
@@ -281,7 +282,7 @@ def _policy(block: Block, instruction: Instruction, active: Active) -> None:
 
 
 OPERATIONS: dict[str, Operation] = {
-    **dict.fromkeys(("add", "sub", "div", "fma", "neg", "min", "max"), _arithmetic),
+    **dict.fromkeys(("abs", "add", "div", "fma", "max", "min", "neg", "sub"), _arithmetic),
     **dict.fromkeys(("mul", "mad"), _multiplied),
     **dict.fromkeys(("and", "or", "xor", "not"), _logic),
     **dict.fromkeys(("shl", "shr"), _shift),

@@ -35,7 +35,7 @@ class Choice:
 
     Attributes:
         tokens: tokens of a program, 8 to 128.
-        parts: programs that share a panel's cells.
+        parts: programs that share a panel's cells: a power of two; 0, by the shape.
         warps: warps of a program.
         stages: cells that are on their way while one is multiplied.
         unroll: cells of a turn of the loop.
@@ -48,6 +48,10 @@ class Choice:
     stages: int = 4
     unroll: int = 1
     dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parts & (self.parts - 1):
+            raise ValueError(f"Parts must be a power of two, not {self.parts}.")
 
     def described(self) -> dict[str, Any]:
         """Return what JSON keeps of it."""

@@ -30,9 +30,14 @@ MIXED = tl.constexpr(layout.MIXED)
 
 @triton.jit
 def share(count):
-    """Return where this program's part of so many begins and ends: the grid's second axis."""
+    """Return where this program's part of so many begins and ends.
+
+    The grid's second axis has a power of two of parts, whose logarithm is a float's exponent: no
+    division, and no constant for which kernels would be compiled again.
+    """
     part, parts = tl.program_id(1), tl.num_programs(1)
-    return count * part // parts, count * (part + 1) // parts
+    logarithm = (parts.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return count * part >> logarithm, count * (part + 1) >> logarithm
 
 
 @triton.jit

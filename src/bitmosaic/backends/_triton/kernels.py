@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton.codes import ROWS, TABLE, share
-from bitmosaic.backends._triton.loops import kind_picked, kind_product, prefetch, product
+from bitmosaic.backends._triton.loops import fetch_cells, kind_picked, kind_product, product
 from bitmosaic.backends._triton.results import deliver
 
 
@@ -58,7 +58,7 @@ def panel_product(
     PICKS: tl.constexpr = EIGHTS and TOKENS <= 16 and x.dtype.element_ty != tl.float32
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     for index in tl.static_range(1, len(KINDS)):
-        prefetch(w, panel, KINDS[index][1], index, len(KINDS), MANY)
+        fetch_cells(w, panel, KINDS[index][1], index, len(KINDS), SUBS, SCALE, MANY)
     for index in tl.static_range(len(KINDS)):
         if PICKS and KINDS[index][0] == TABLE and KINDS[index][1] <= 4:
             total = kind_picked(

@@ -60,38 +60,50 @@ def cells_of(w, panel, INDEX: tl.constexpr, COUNT: tl.constexpr, MANY: tl.conste
 
 
 @triton.jit
-def prefetch(
+def fetch(array, begin, end, BYTES: tl.constexpr):
+    """Have the second cache fetch a stretch of entries of so many BYTES: 16 KB of it at most."""
+    begin, end = begin * BYTES, end * BYTES
+    place = begin + 128 * tl.arange(0, 128)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred mine;
+        setp.ne.b32 mine, $2, 0;
+        @mine prefetch.global.L2 [$1];
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [(array.to(tl.pointer_type(tl.int8)) + place).to(tl.int64), (place < end).to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def fetch_cells(
     w,
     panel,
     BITS: tl.constexpr,
     INDEX: tl.constexpr,
     COUNT: tl.constexpr,
+    SUBS: tl.constexpr,
+    SCALE: tl.constexpr,
     MANY: tl.constexpr,
 ):
-    """Have the second cache fetch a part's cells of a kind whose turn comes later, 16 KB at most.
+    """Have the second cache fetch a program's cells of a kind whose turn comes later.
 
     Loads are ahead of products within a kind's loop alone.  Of several kinds a program has few
     cells of each, and would wait for the memory at each loop's beginning.
     """
     if not INTERPRETED:
-        _, cells, start, _ = cells_of(w, panel, INDEX, COUNT, MANY)
-        BYTES: tl.constexpr = 4 * ROWS * row_words(BITS)
+        first, cells, start, _ = cells_of(w, panel, INDEX, COUNT, MANY)
         begin, end = share(cells)
-        place = begin * BYTES + 128 * tl.arange(0, 128)
-        words = w.words.to(tl.pointer_type(tl.int8)) + start * (4 * ROWS)
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred mine;
-            setp.ne.b32 mine, $2, 0;
-            @mine prefetch.global.L2 [$1];
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r",
-            [(words + place).to(tl.int64), (place < end * BYTES).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        fetch(w.block + first, begin, end, 4)
+        fetch(w.words + start * (2 * ROWS), begin, end, 4 * ROWS * row_words(BITS))
+        if SCALE != "none":
+            BYTE: tl.constexpr = SCALE == "e4m3" or SCALE == "e8m0"
+            WIDTH: tl.constexpr = 8 if BYTE else w.scales.dtype.element_ty.primitive_bitwidth
+            fetch(w.scales, first + begin, first + end, ROWS * SUBS * WIDTH // 8)
 
 
 @triton.jit
