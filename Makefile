@@ -92,11 +92,15 @@ emulated: $(STAMP)
 	    $(BIN)/python -m pytest -p other_build -n $(WORKERS) tests/kernels tests/unit/test_kmeans.py \
 	    tests/unit/test_scales.py $(ARGS)
 
-# The GPU's kernels where there is no GPU: numbers in Triton's interpreter, then machine code for three architectures.
+# The GPU's kernels where there is no GPU: numbers in Triton's interpreter; machine code for three architectures; and
+# numbers of what was compiled, instruction by instruction, on a GPU that is emulated (docs/gpu.md).
 kernels: export OMP_NUM_THREADS ?= 1
 kernels: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu $(ARGS)
 	$(BIN)/python tools/gpu_kernels.py --jobs $(WORKERS)
+	for gpu in 80 90 100; do \
+	    EMULATED_GPU=$$gpu $(BIN)/python -m pytest -n $(WORKERS) -m compiled tests/gpu || exit 1; \
+	done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

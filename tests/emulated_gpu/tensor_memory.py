@@ -1,7 +1,7 @@
 """Blackwell's tensor cores, which have a memory of 128 lanes and 512 columns of 32 bits.
 
 An address in it has the lane in its upper half and the column in its lower.  Each of four warps
-gets at 32 lanes; of products with 64 rows a warp has 16 rows, in the first half of its lanes.
+gets at 32 lanes; of products with 64 rows a warp has 16 rows, in one half of its lanes.
 """
 
 from __future__ import annotations
@@ -80,21 +80,22 @@ def _product(block: Block, instruction: Instruction, active: Active) -> None:
         raise FaultError(f"a product of another form: {said:#x}")
     left, right, wide = kinds[said >> 7 & 7], kinds[said >> 10 & 7], bool(said >> 16 & 1)
     b = real(described(block, int(block.value(descriptor, 64)[thread]), 16, n, 2, wide), right)
-    lanes = (np.arange(_ROWS) // 16 * _WARP + np.arange(_ROWS) % 16)[:, None]
-    words = block.tensor[lanes, _column(block, a, thread) + np.arange(8)]
-    first = _column(block, sums, thread)
-    before = block.tensor[lanes, first + np.arange(n)]
+    words = block.tensor[_rows(block, a, thread, 8)]
+    place = _rows(block, sums, thread, n)
+    before = block.tensor[place]
     total = real(halves(words).reshape(_ROWS, 16), left) @ b
     if block.value(add, 1)[thread]:
         total = total + real(before, "f32")
-    block.tensor[lanes, first + np.arange(n)] = rounded(total, "f32")
+    block.tensor[place] = rounded(total, "f32")
 
 
-def _column(block: Block, address: str, thread: int) -> int:
-    place = int(block.address(address)[thread])
-    if place >> 16:
-        raise FaultError("a product does not begin in the first lane")
-    return place
+def _rows(block: Block, address: str, thread: int, columns: int) -> tuple[Bits, Bits]:
+    """Return the lanes of 64 rows from an address on, and the columns."""
+    first, column = divmod(int(block.address(address)[thread]), 1 << 16)
+    if first not in (0, 16):  # either half of each warp's lanes
+        raise FaultError(f"a matrix of {_ROWS} rows begins in lane {first}")
+    row = np.arange(_ROWS)
+    return (first + row // 16 * _WARP + row % 16)[:, None], column + np.arange(columns)[None, :]
 
 
 def _tcgen05(block: Block, instruction: Instruction, active: Active) -> None:

@@ -17,7 +17,8 @@ def test_sizes_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     one = choices.choose(cuda, 1, 64, 32)
     assert (one.tokens, one.dense) == (8, False)
-    assert 64 * one.parts >= 4 * 132
+    assert one.parts == 8  # four cells each
+    assert 64 * choices.choose(cuda, 1, 64, 128).parts >= 4 * 132
     assert choices.choose(cuda, 1, 2000, 32).parts == 1
     assert choices.choose(cuda, 1, 1, 2).parts == 1
     assert choices.choose(cuda, 64, 64, 32).tokens == 64
@@ -27,6 +28,8 @@ def test_sizes_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_tables", lambda: {"some": [entry]})
     assert choices.choose(cuda, 8, 64, 32) == Choice(**better)
     assert choices.choose(cuda, 9, 64, 32).warps == 4
+    with pytest.raises(ValueError, match="power of two, not 6"):
+        Choice(8, 6)
 
 
 def test_sizes_of_known_devices(monkeypatch: pytest.MonkeyPatch) -> None:

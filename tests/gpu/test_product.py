@@ -23,6 +23,7 @@ from numerics import assert_matmul_close, rounding_error
 from strategies import example_names, few, layers
 
 BACKEND = backends.get("triton")
+compiled = pytest.mark.compiled
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SFMP = ("int2-g128", "int3-g128", "int4-g128", "pruned")
 FGMP = ("nvfp4", "fp8-e4m3-tensor")
@@ -69,12 +70,13 @@ def sizes(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     monkeypatch.setattr(choices, "choose", chosen)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [TYPES[0], pytest.param(TYPES[1], marks=compiled), TYPES[2]])
 @pytest.mark.parametrize("name", example_names())
 def test_every_format(name: str, dtype: torch.dtype) -> None:
     check(uniform(name, (70, 200), (70, 200)), tokens(3, 200, dtype=dtype))
 
 
+@compiled
 @pytest.mark.parametrize("which", CHANNEL_WISE)
 def test_channels_with_grids_of_their_own(which: str) -> None:
     tensor = channel_wise(which, (70, 200), permuted=True)
@@ -88,6 +90,7 @@ def test_channels_with_grids_of_their_own(which: str) -> None:
         check(tensor, tokens(count, 200, dtype=dtype))
 
 
+@compiled
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_tiles_of_unlike_precision(
@@ -129,6 +132,7 @@ def test_blocks_of_four_and_eight_bits() -> None:
         check(tensor, tokens(3, 512, dtype=dtype))
 
 
+@compiled
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("names", GROUPED)
 def test_groups_within_cells(names: tuple[str, ...], permuted: bool) -> None:
@@ -165,6 +169,7 @@ def test_prepared_weights_are_as_small_as_files(names: tuple[str, ...], more: fl
     assert 8 * prepared.nbytes / (256 * 512) <= tensor.bits_per_weight + more
 
 
+@compiled
 @pytest.mark.parametrize(
     "names", [("codebook3", "int4-g128", "pruned"), ("codebook4", "codebook1")]
 )
@@ -184,6 +189,7 @@ def test_channels_are_sorted_into_pure_cells() -> None:
     assert prepared.padded <= 700 + 2 * 128
 
 
+@compiled
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("formats_of_tiles", [FGMP, ("fp8-e4m3-tensor",), ("int4-g128",)])
 def test_inputs_rounded_by_a_rule(permuted: bool, formats_of_tiles: tuple[str, ...]) -> None:
@@ -195,6 +201,7 @@ def test_inputs_rounded_by_a_rule(permuted: bool, formats_of_tiles: tuple[str, .
     rounded_check(tensor.with_activations(rule), x)
 
 
+@compiled
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_inputs_rounded_by_a_rule_and_a_decoded_copy(
@@ -224,6 +231,7 @@ def test_inputs_rounded_by_a_rule_and_a_decoded_copy(
     assert len(decoded) == (2 if dtype == torch.bfloat16 else 0)
 
 
+@compiled
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize(
     "names",
@@ -258,6 +266,7 @@ def rounded_check(tensor: QuantizedTensor, x: Tensor, bias: Tensor | None = None
     assert_matmul_close(actual, rounded, tensor.dequantize(), bias)
 
 
+@compiled
 @pytest.mark.parametrize(("width", "dtype"), [*zip((290, 40, 40), TYPES, strict=True)])
 def test_inputs_are_rounded_as_the_rule_says(width: int, dtype: torch.dtype) -> None:
     """Bit for bit, of numbers that round badly, in an order of their own."""
@@ -270,6 +279,7 @@ def test_inputs_are_rounded_as_the_rule_says(width: int, dtype: torch.dtype) -> 
         assert_same_bits(launch.round_tiles(ready, x, torch.float32), rule.values(x[:, order]))
 
 
+@compiled
 @pytest.mark.parametrize(("width", "dtype"), [*zip((290, 40, 40), TYPES, strict=True)])
 def test_inputs_are_rounded_in_the_bands_of_the_rule(width: int, dtype: torch.dtype) -> None:
     x = torch.cat([each[:3] for each in inputs(width).values()]).to(dtype)
@@ -326,6 +336,7 @@ def test_one_flipped_bit_is_noticed(array: str) -> None:
     assert noticed >= 2
 
 
+@compiled
 def test_same_input_same_bits() -> None:
     """Whatever else runs beside it: a result depends on its own token alone."""
     prepared = BACKEND.prepare(mixture(SFMP, (70, 500), (64, 128), permuted=True))

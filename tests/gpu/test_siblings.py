@@ -104,6 +104,7 @@ def test_products_are_those_of_each(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(BACKEND.rows(part, some, dtype), BACKEND.rows(alone, some, dtype))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("choice", [Choice(16, 4), Choice(16, 2), Choice(16, 1, dense=True)])
 def test_however_the_work_is_shared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     group = GROUPS["unlike widths"]()
@@ -127,6 +128,7 @@ def ruled(rule: ActivationRule, permuted: bool = False) -> list[QuantizedTensor]
     return [replace(each, in_permutation=order).with_activations(rule) for each in group]
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_inputs_of_one_rule_are_rounded_once(

@@ -143,10 +143,14 @@ def limits(capability: int, kinds: Sequence[Kind], tokens: int) -> dict[str, int
 
 
 def _split(sizes: Choice, tokens: int, panels: int, across: int, multiprocessors: int) -> Choice:
-    """Share panels among programs until all multiprocessors have work."""
+    """Share panels among programs until all multiprocessors have work.
+
+    Beginning and ending cost a program as many instructions as one or two cells, so that it has
+    four of them at least.
+    """
     programs = panels * -(-tokens // sizes.tokens)
     parts = 1
-    while parts < min(_MOST_PARTS, across // 2) and programs * parts < _WAVES * multiprocessors:
+    while parts < min(_MOST_PARTS, across // 4) and programs * parts < _WAVES * multiprocessors:
         parts *= 2
     return replace(sizes, parts=parts)
 

@@ -58,7 +58,7 @@ def panel_product(
     PICKS: tl.constexpr = EIGHTS and TOKENS <= 16 and x.dtype.element_ty != tl.float32
     total = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     for index in tl.static_range(1, len(KINDS)):
-        fetch_cells(w, panel, KINDS[index][1], index, len(KINDS), SUBS, SCALE, MANY)
+        fetch_cells(w, panel, KINDS[index][1], index, len(KINDS), MANY)
     for index in tl.static_range(len(KINDS)):
         if PICKS and KINDS[index][0] == TABLE and KINDS[index][1] <= 4:
             total = kind_picked(

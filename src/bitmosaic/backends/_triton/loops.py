@@ -86,24 +86,19 @@ def fetch_cells(
     BITS: tl.constexpr,
     INDEX: tl.constexpr,
     COUNT: tl.constexpr,
-    SUBS: tl.constexpr,
-    SCALE: tl.constexpr,
     MANY: tl.constexpr,
 ):
     """Have the second cache fetch a program's cells of a kind whose turn comes later.
 
     Loads are ahead of products within a kind's loop alone.  Of several kinds a program has few
-    cells of each, and would wait for the memory at each loop's beginning.
+    cells of each, and would wait for the memory at each loop's beginning: for inputs three times,
+    since they wait for their columns, and those for the cells' blocks.
     """
     if not INTERPRETED:
         first, cells, start, _ = cells_of(w, panel, INDEX, COUNT, MANY)
         begin, end = share(cells)
         fetch(w.block + first, begin, end, 4)
         fetch(w.words + start * (2 * ROWS), begin, end, 4 * ROWS * row_words(BITS))
-        if SCALE != "none":
-            BYTE: tl.constexpr = SCALE == "e4m3" or SCALE == "e8m0"
-            WIDTH: tl.constexpr = 8 if BYTE else w.scales.dtype.element_ty.primitive_bitwidth
-            fetch(w.scales, first + begin, first + end, ROWS * SUBS * WIDTH // 8)
 
 
 @triton.jit
