@@ -329,8 +329,12 @@ def faults(found: dict[str, Any]) -> Iterator[str]:
         yield f"{found['torn']} pairs are taken apart"
     if found["coarse"]:
         yield "float32 is rounded to TF32"
-    if not case.kernel.startswith("multiply"):
-        return
+    if case.kernel.startswith("multiply"):
+        yield from faults_of_products(case, architecture, found)
+
+
+def faults_of_products(case: Case, architecture: int, found: dict[str, Any]) -> Iterator[str]:
+    """Say what else is not as it must be in a product."""
     if found["copies"] < len(case.kinds):
         yield "weights do not come by copies of 16 bytes"
     if not found["counted"]:
