@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulated_gpu import operations
-from emulated_gpu.memory import FaultError, Memory
+from emulated_gpu.memory import FaultError, Memory, Shared
 from emulated_gpu.numbers import UNSIGNED, Bits
 from emulated_gpu.ptx import Instruction, Program
 
@@ -30,7 +30,8 @@ class Block:
     Attributes:
         memory: that of all blocks.
         shared: this block's, whose addresses count from 0.
-        threads: how many there are.
+        threads: how many there are; `warps` has the warp of each.
+        writers: warps that have written to `memory` since the last barrier.
         copies: asynchronous copies of the present group, and those of groups before.
         tensor: the memory of Blackwell's tensor cores; `phases` of barriers that are over.
     """
@@ -47,8 +48,9 @@ class Block:
         self.program, self.memory, self.parameters = program, memory, parameters
         self.grid, self.place = grid, place
         self.threads = program.threads
-        self.shared_bytes = np.full(shared, _GARBAGE, np.uint8)
-        self.shared = Memory([(0, self.shared_bytes)])
+        self.shared = Shared(shared, _GARBAGE)
+        self.warps = np.arange(self.threads) // 32
+        self.writers: set[int] = set()
         self.registers: dict[str, Bits] = {}
         self.copies: list[list[Callable[[], None]]] = [[]]
         self.tensor = np.full((128, 512), _NAN, np.uint32)

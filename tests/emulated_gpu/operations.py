@@ -274,7 +274,11 @@ def _nothing(block: Block, instruction: Instruction, active: Active) -> None:
 
 
 def _barrier(block: Block, instruction: Instruction, active: Active) -> None:
+    """bar.sync: all threads have come here; bar.warp says nothing of other warps."""
     assert active is None, instruction.text
+    if "warp" not in instruction.opcode:
+        block.shared.barrier()
+        block.writers.clear()
 
 
 def _policy(block: Block, instruction: Instruction, active: Active) -> None:

@@ -91,7 +91,7 @@ def _ldmatrix(block: Block, instruction: Instruction, active: Active) -> None:
     if (addresses % np.uint64(16)).any():
         raise FaultError("a row's address is no multiple of 16")
     steps = 2 * np.arange(8, dtype=np.uint64)
-    rows = block.shared.read((addresses[..., None] + steps).ravel(), 2)
+    rows = block.shared.get((addresses[..., None] + steps).ravel(), 2, _warps(addresses, 8))
     matrices = rows.reshape(-1, len(names), 8, 8)
     if "trans" in instruction.opcode:
         matrices = matrices.swapaxes(2, 3)
@@ -112,7 +112,13 @@ def _stmatrix(block: Block, instruction: Instruction, active: Active) -> None:
     if "trans" in instruction.opcode:
         matrices = matrices.swapaxes(2, 3)
     steps = 2 * np.arange(8, dtype=np.uint64)
-    block.shared.write((addresses[..., None] + steps).ravel(), matrices.ravel())
+    places, warps = (addresses[..., None] + steps).ravel(), _warps(addresses, 8)
+    block.shared.set(places, matrices.ravel(), warps)
+
+
+def _warps(addresses: NDArray[np.uint64], each: int) -> NDArray[np.int64]:
+    """Return the warp of each number, of so many at each of a warp's addresses."""
+    return np.repeat(np.arange(len(addresses)), addresses.shape[1] * each)
 
 
 _SPANS = {0: 16, 1: 128, 2: 64, 3: 32}
@@ -139,7 +145,8 @@ def described(block: Block, descriptor: int, k: int, n: int, size: int, wide: bo
         raise FaultError("k is longer than a row")
     if span > 16:  # what bits 7 and up say of eight rows is added without carry to bits 4 and up
         place = place ^ (place >> 3 & span - 16)
-    found = block.shared.read(place.astype(np.uint64).ravel(), size).reshape(rows, along)
+    places = place.astype(np.uint64).ravel()
+    found = block.shared.get(places, size, block.shared.OTHERS).reshape(rows, along)
     return found if wide else found.T
 
 

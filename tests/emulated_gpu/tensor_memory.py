@@ -108,7 +108,7 @@ def _tcgen05(block: Block, instruction: Instruction, active: Active) -> None:
     elif what == "mma":
         _product(block, instruction, active)
     elif what == "alloc":
-        block.shared.write(block.address(instruction.operands[0])[:1], np.zeros(1, np.uint32))
+        block.shared.set(block.address(instruction.operands[0])[:1], np.zeros(1, np.uint32), 0)
     elif what == "commit":
         place = int(block.address(instruction.operands[0])[active][0])
         block.phases[place] += 1

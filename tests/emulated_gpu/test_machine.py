@@ -28,7 +28,7 @@ MODULE = """
 	.param .u64 .ptr .global .align 1 some_param_0,
 	.param .u32 some_param_1
 )
-.reqntid 32
+.reqntid THREADS
 {
 	.reg .pred %p<9>;
 	.reg .b32 %r<30>;
@@ -45,7 +45,8 @@ BODY
 
 def run(body: str, words: Tensor, given: int = 0, grid: tuple[int, int, int] = (1, 1, 1)) -> None:
     """Run a program on its threads' words [threads, 4], int32."""
-    program = ptx.parse(MODULE.replace("BODY", body))
+    module = MODULE.replace("BODY", body).replace("THREADS", str(len(words)))
+    program = ptx.parse(module)
     machine.launch(program, of_tensors([words]), 1024, grid, [words.data_ptr(), given])
 
 
@@ -244,6 +245,49 @@ def test_loops_and_blocks() -> None:
 def test_faults(body: str, message: str) -> None:
     with pytest.raises(FaultError, match=message):
         run(body, room())
+
+
+EXCHANGE = """
+	shl.b32 %r5, %r21, 2;
+	xor.b32 %r6, %r5, OTHER;
+	st.shared.b32 [%r5], %r21;
+	FIRST
+	ld.shared.b32 %r7, [%r6];
+	SECOND
+	st.shared.b32 [%r5], %r7;
+	st.global.b32 [%rd2 + 0], {%r7};
+"""
+"""Threads of 4 bytes each read those of another: with OTHER=4 of their warp, with 128 of the next."""
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (0, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize("other", [4, 128])
+def test_warps_wait_for_each_other(other: int, first: int, second: int) -> None:
+    words = torch.zeros(64, 4, dtype=torch.int32)
+    body = EXCHANGE.replace("OTHER", str(other))
+    body = body.replace("FIRST", "bar.sync 0;" * first + "bar.warp.sync -1;")
+    body = body.replace("SECOND", "bar.sync 0;" * second)
+    if other == 4 or (first and second):
+        run(body, words)
+        assert words[:, 0].tolist() == [thread ^ other // 4 for thread in range(64)]
+    else:
+        with pytest.raises(FaultError, match=f"has {'read' if first else 'written'} this, and no"):
+            run(body, words)
+
+
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
+def test_who_counts_waits_for_the_others(barrier: str) -> None:
+    words = torch.zeros(64, 4, dtype=torch.int32)
+    body = (
+        f"st.global.b32 [%rd2 + 0], {{%r21}}; {barrier} setp.eq.b32 %p1, %r21, 0; mov.b32 %r2, 1;"
+    )
+    body += "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd1 + 4], %r2;"
+    if barrier:
+        run(body, words)
+        assert int(words[0, 1]) == 1
+    else:
+        with pytest.raises(FaultError, match="may not have written yet"):
+            run(body, words)
 
 
 def test_what_is_not_written_is_no_zero() -> None:

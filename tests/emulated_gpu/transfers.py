@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from emulated_gpu.memory import FaultError, Memory
+from emulated_gpu.memory import FaultError
 from emulated_gpu.numbers import UNSIGNED, bits_of, whole
 from emulated_gpu.ptx import Instruction, members
 
@@ -22,10 +22,6 @@ def _form(instruction: Instruction) -> tuple[int, int]:
     """Return how many numbers an instruction on memory has, and the bytes of each."""
     count = next((int(each[1]) for each in instruction.opcode if each in ("v2", "v4")), 1)
     return count, bits_of(instruction.opcode[-1]) // 8
-
-
-def _space(block: Block, instruction: Instruction) -> Memory:
-    return block.shared if "shared" in instruction.opcode else block.memory
 
 
 def _aligned(addresses: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
@@ -45,11 +41,15 @@ def _loaded(block: Block, instruction: Instruction, active: Active) -> None:
         wider = block.program.width(target) > bits_of(kind)
         block.put(target, number.astype(np.int64).view(np.uint64) if wider else number, active)
         return
-    space, (count, size), here = _space(block, instruction), _form(instruction), block.here(active)
+    (count, size), here = _form(instruction), block.here(active)
     addresses = _aligned(block.address(source)[here], count * size)
     signed = instruction.opcode[-1].startswith("s")
     for place, name in enumerate(members(target)):
-        found = space.read(addresses + np.uint64(place * size), size)
+        each = addresses + np.uint64(place * size)
+        if "shared" in instruction.opcode:
+            found = block.shared.get(each, size, block.warps[here])
+        else:
+            found = block.memory.read(each, size)
         if signed:
             found = whole(found, instruction.opcode[-1]).astype(np.int64).view(np.uint64)
         every = np.zeros(block.threads, found.dtype)
@@ -59,11 +59,16 @@ def _loaded(block: Block, instruction: Instruction, active: Active) -> None:
 
 def _stored(block: Block, instruction: Instruction, active: Active) -> None:
     target, source = instruction.operands
-    space, (count, size), here = _space(block, instruction), _form(instruction), block.here(active)
+    (count, size), here = _form(instruction), block.here(active)
     addresses = _aligned(block.address(target)[here], count * size)
     for place, name in enumerate(members(source)):
         values = block.value(name, 8 * size)[here].astype(UNSIGNED[8 * size])
-        space.write(addresses + np.uint64(place * size), values)
+        each = addresses + np.uint64(place * size)
+        if "shared" in instruction.opcode:
+            block.shared.set(each, values, block.warps[here])
+        else:
+            block.memory.write(each, values)
+            block.writers.update(block.warps[here].tolist())
 
 
 def _copied(block: Block, instruction: Instruction, active: Active) -> None:
@@ -94,20 +99,27 @@ def _copied(block: Block, instruction: Instruction, active: Active) -> None:
             word[count > 0] = block.memory.read(addresses[count > 0] + np.uint64(offset), 4)
         words.append((places + np.uint64(offset), word))
 
+    block.shared.claim(places, bytes_each, block.warps[here])
+
     def arrive() -> None:
         for where, word in words:
-            block.shared.write(where, word)
+            block.shared.set(where, word, block.warps[here])
 
     block.copies[-1].append(arrive)
 
 
 def _counted(block: Block, instruction: Instruction, active: Active) -> None:
-    """atom.add: threads come one after the other."""
+    """atom.add: threads come one after the other.
+
+    Other blocks then take what this one has written for granted.
+    """
     assert instruction.opcode[-2:] == ("add", "u32"), instruction.text
     target, place, value = instruction.operands
     addresses, values = block.address(place), block.value(value, 32)
     found = block.register(target).copy()
     for thread in np.flatnonzero(block.here(active)):
+        if block.writers - {int(block.warps[thread])}:
+            raise FaultError("other warps may not have written yet: no barrier was between")
         where = addresses[thread : thread + 1]
         found[thread] = block.memory.read(where, 4)[0]
         with np.errstate(over="ignore"):
