@@ -257,7 +257,7 @@ EXCHANGE = """
 	st.shared.b32 [%r5], %r7;
 	st.global.b32 [%rd2 + 0], {%r7};
 """
-"""Threads of 4 bytes each read those of another: with OTHER=4 of their warp, with 128 of the next."""
+"""Threads read what another wrote, OTHER bytes away: with 4 of their warp, with 128 of the next."""
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (0, 1), (1, 0), (0, 0)])
@@ -278,9 +278,8 @@ def test_warps_wait_for_each_other(other: int, first: int, second: int) -> None:
 @pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
 def test_who_counts_waits_for_the_others(barrier: str) -> None:
     words = torch.zeros(64, 4, dtype=torch.int32)
-    body = (
-        f"st.global.b32 [%rd2 + 0], {{%r21}}; {barrier} setp.eq.b32 %p1, %r21, 0; mov.b32 %r2, 1;"
-    )
+    body = f"st.global.b32 [%rd2 + 0], {{%r21}}; {barrier}"
+    body += "setp.eq.b32 %p1, %r21, 0; mov.b32 %r2, 1;"
     body += "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd1 + 4], %r2;"
     if barrier:
         run(body, words)
