@@ -26,6 +26,7 @@ elif EMULATED:
     from emulated_gpu.driver import install
 
     install(EMULATED)
+    import bitmosaic.backends._triton.launch  # before the interpreter is asked for
 else:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
