@@ -138,6 +138,8 @@ def limits(capability: int, kinds: Sequence[Kind], tokens: int) -> dict[str, int
     """Return what the compiler is told besides, where it would rather spill a little."""
     if capability >= 10 and tokens <= 16 and all(grid == AFFINE for grid, _ in kinds):
         return {"maxnreg": 96}
+    if capability == 8 and tokens <= 8 and (AFFINE, 8) in kinds:
+        return {"maxnreg": 96}
     alike = tokens == 16 and all(grid != TABLE for grid, _ in kinds)
     return {"maxnreg": 128} if capability == 8 and alike else {}
 
