@@ -132,8 +132,7 @@ def test_blocks_of_four_and_eight_bits() -> None:
         check(tensor, tokens(3, 512, dtype=dtype))
 
 
-@compiled
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("permuted", [False, pytest.param(True, marks=compiled)])
 @pytest.mark.parametrize("names", GROUPED)
 def test_groups_within_cells(names: tuple[str, ...], permuted: bool) -> None:
     """Each of four sizes of kernel; the last cell is not full."""
