@@ -9,7 +9,7 @@ NATIVE  := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: FORCE setup demo test sanitize sanitized reliability audit emulate emulated check format hardware bench-quality bench-fgmp
 .PHONY: bench-ranks bench-toga bench-toga-cost plot plot-energy energy-sweep bench-scale bench-scale-search bench-larger bench-cpu
-.PHONY: kernels bench-gpu bench-pruned size clean
+.PHONY: kernels compiled bench-gpu bench-pruned size clean
 
 setup: $(STAMP)
 
@@ -97,6 +97,10 @@ emulated: $(STAMP)
 kernels: export OMP_NUM_THREADS ?= 1
 kernels: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu $(ARGS)
+	$(MAKE) --no-print-directory compiled
+
+compiled: export OMP_NUM_THREADS ?= 1
+compiled: $(STAMP)
 	$(BIN)/python tools/gpu_kernels.py --jobs $(WORKERS)
 	for gpu in 80 90 100; do \
 	    EMULATED_GPU=$$gpu $(BIN)/python -m pytest -n $(WORKERS) -m compiled tests/gpu || exit 1; \

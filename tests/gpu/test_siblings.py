@@ -104,7 +104,6 @@ def test_products_are_those_of_each(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(BACKEND.rows(part, some, dtype), BACKEND.rows(alone, some, dtype))
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("choice", [Choice(16, 4), Choice(16, 2), Choice(16, 1, dense=True)])
 def test_however_the_work_is_shared(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
     group = GROUPS["unlike widths"]()
