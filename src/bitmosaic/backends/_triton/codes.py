@@ -29,18 +29,6 @@ MIXED = tl.constexpr(layout.MIXED)
 
 
 @triton.jit
-def share(count):
-    """Return where this program's part of so many begins and ends.
-
-    The grid's second axis has a power of two of parts, whose logarithm is a float's exponent: no
-    division, and no constant for which kernels would be compiled again.
-    """
-    part, parts = tl.program_id(1), tl.num_programs(1)
-    logarithm = (parts.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    return count * part >> logarithm, count * (part + 1) >> logarithm
-
-
-@triton.jit
 def row_words(BITS: tl.constexpr):
     """Words that a row of a cell takes."""
     return 16 if BITS == MIXED else COLUMNS * BITS // 32

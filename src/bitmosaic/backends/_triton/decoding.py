@@ -15,9 +15,9 @@ from bitmosaic.backends._triton.codes import (
     raising,
     read_blocks,
     row_words,
-    share,
     wide,
 )
+from bitmosaic.backends._triton.results import share
 
 
 @triton.jit

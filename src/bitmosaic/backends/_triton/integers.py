@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton.cells import read_scales
-from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_byte_codes, row_words, share
-from bitmosaic.backends._triton.results import deliver
+from bitmosaic.backends._triton.codes import COLUMNS, ROWS, read_byte_codes, row_words
+from bitmosaic.backends._triton.results import deliver, share
 
 
 @triton.jit

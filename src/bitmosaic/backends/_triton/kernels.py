@@ -23,9 +23,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitmosaic.backends._triton.codes import ROWS, TABLE, share
+from bitmosaic.backends._triton.codes import ROWS, TABLE
 from bitmosaic.backends._triton.loops import fetch_cells, kind_picked, kind_product, product
-from bitmosaic.backends._triton.results import deliver
+from bitmosaic.backends._triton.results import deliver, share
 
 
 @triton.jit

@@ -18,12 +18,12 @@ from bitmosaic.backends._triton.codes import (
     raised,
     read_blocks,
     row_words,
-    share,
     wide,
 )
 from bitmosaic.backends._triton.inputs import read_inputs
 from bitmosaic.backends._triton.integers import plus
 from bitmosaic.backends._triton.picks import pick
+from bitmosaic.backends._triton.results import share
 
 
 @triton.jit

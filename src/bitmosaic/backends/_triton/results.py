@@ -1,4 +1,4 @@
-"""The end of a product's kernel: sums are added up where programs share a panel, and written.
+"""How programs share a panel; sums are added up where they do, and written.
 
 Where a panel is shared, each program writes its sums, and the one that comes last adds all of them
 in the order of the parts: one launch, and the same bits whoever comes last.
@@ -13,6 +13,18 @@ import triton
 import triton.language as tl
 
 from bitmosaic.backends._triton.codes import ROWS
+
+
+@triton.jit
+def share(count):
+    """Return where this program's part of so many begins and ends.
+
+    The grid's second axis has a power of two of parts, whose logarithm is a float's exponent: no
+    division, and no constant for which kernels would be compiled again.
+    """
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    logarithm = (parts.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return count * part >> logarithm, count * (part + 1) >> logarithm
 
 
 @triton.jit
