@@ -15,9 +15,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from emulated_gpu import machine, memory, ptx
-
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a block may have (CUDA programming guide, compute capabilities)."""
+from gpu_kernels import SHARED_MEMORY
 
 
 def install(architecture: int) -> None:

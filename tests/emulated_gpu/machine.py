@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from emulated_gpu import operations
 from emulated_gpu.memory import FaultError, Memory, Shared
-from emulated_gpu.numbers import UNSIGNED, Bits
+from emulated_gpu.numbers import UNSIGNED, WARP, Active, Bits
 from emulated_gpu.ptx import Instruction, Program
 
 Given = NDArray[Any]
 Place = tuple[int, int, int]
-Active = NDArray[np.bool_] | None
 _GARBAGE, _NAN = 0xA5, 0x7FA5A5A5
 """What bytes of shared memory and registers, and of tensor memory, are before they are written."""
 
@@ -49,7 +48,7 @@ class Block:
         self.grid, self.place = grid, place
         self.threads = program.threads
         self.shared = Shared(shared, _GARBAGE)
-        self.warps = np.arange(self.threads) // 32
+        self.warps = np.arange(self.threads) // WARP
         self.writers: set[int] = set()
         self.registers: dict[str, Bits] = {}
         self.copies: list[list[Callable[[], None]]] = [[]]

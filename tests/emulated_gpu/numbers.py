@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Bits = NDArray[np.unsignedinteger]
 Values = NDArray[np.float64]
+Active = NDArray[np.bool_] | None
+"""The threads that do an instruction; None: all."""
+WARP = 32
 
 _WHOLE = {
     f"{sign}{bits}": np.dtype(f"{'i' if sign == 's' else 'u'}{bits // 8}")

@@ -12,6 +12,8 @@ from emulated_gpu import tensor_cores, tensor_memory, transfers
 from emulated_gpu.memory import FaultError
 from emulated_gpu.numbers import (
     UNSIGNED,
+    WARP,
+    Active,
     Bits,
     bits_of,
     fused,
@@ -26,9 +28,7 @@ from emulated_gpu.ptx import Instruction, members
 if TYPE_CHECKING:
     from emulated_gpu.machine import Block
 
-Active = NDArray[np.bool_] | None
 Operation = Callable[["Block", Instruction, Active], None]
-_WARP = 32
 
 
 def is_real(kind: str) -> bool:
@@ -238,12 +238,12 @@ def _shuffled(block: Block, instruction: Instruction, active: Active) -> None:
     assert active is None, instruction.text
     target, source, lane, clamp, _ = instruction.operands
     assert clamp == "31", instruction.text
-    value = block.value(source, 32).reshape(-1, _WARP)
-    lanes = np.arange(_WARP)
-    by = block.value(lane, 32).astype(int).reshape(-1, _WARP)
+    value = block.value(source, 32).reshape(-1, WARP)
+    lanes = np.arange(WARP)
+    by = block.value(lane, 32).astype(int).reshape(-1, WARP)
     mode = instruction.opcode[2]
     assert mode in ("bfly", "idx"), instruction.text
-    chosen = lanes ^ by if mode == "bfly" else by & (_WARP - 1)
+    chosen = lanes ^ by if mode == "bfly" else by & (WARP - 1)
     block.put(target, np.take_along_axis(value, chosen, 1).ravel())
 
 
@@ -251,9 +251,9 @@ def _summed(block: Block, instruction: Instruction, active: Active) -> None:
     """redux.add: the lanes of a mask are added up."""
     assert instruction.opcode[2:] == ("add", "s32"), instruction.text
     assert active is None, instruction.text
-    value = block.value(instruction.operands[1], 32).reshape(-1, _WARP)
-    mask = block.value(instruction.operands[2], 32).reshape(-1, _WARP)
-    lanes = np.arange(_WARP, dtype=np.uint32)
+    value = block.value(instruction.operands[1], 32).reshape(-1, WARP)
+    mask = block.value(instruction.operands[2], 32).reshape(-1, WARP)
+    lanes = np.arange(WARP, dtype=np.uint32)
     if not (mask >> lanes & 1).all():
         raise FaultError("a lane takes part that is not in its mask")
     found = []
@@ -266,7 +266,7 @@ def _summed(block: Block, instruction: Instruction, active: Active) -> None:
 def _elected(block: Block, instruction: Instruction, active: Active) -> None:
     name, predicate = instruction.operands[0].split("|")
     block.put(name, np.zeros(block.threads, np.uint32))
-    block.put(predicate, np.arange(block.threads) % _WARP == 0)
+    block.put(predicate, np.arange(block.threads) % WARP == 0)
 
 
 def _nothing(block: Block, instruction: Instruction, active: Active) -> None:

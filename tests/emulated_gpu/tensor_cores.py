@@ -13,20 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulated_gpu.memory import FaultError
-from emulated_gpu.numbers import Bits, halves, joined, real, rounded, whole
+from emulated_gpu.numbers import WARP, Active, Bits, halves, joined, real, rounded, whole
 from emulated_gpu.ptx import Instruction, members
 
 if TYPE_CHECKING:
     from emulated_gpu.machine import Block
 
-Active = NDArray[np.bool_] | None
-_WARP = 32
-
 
 def _registers(block: Block, operand: str) -> Bits:
     """Return the registers in braces: [warps, lanes, registers]."""
     found = np.stack([block.register(each) for each in members(operand)], 1)
-    return found.reshape(-1, _WARP, found.shape[1])
+    return found.reshape(-1, WARP, found.shape[1])
 
 
 def _elements(registers: Bits, kind: str) -> NDArray[Any]:
@@ -87,7 +84,7 @@ def _ldmatrix(block: Block, instruction: Instruction, active: Active) -> None:
     assert active is None, instruction.text
     assert {"m8n8", "b16"} <= {*instruction.opcode}, instruction.text
     names, place = members(instruction.operands[0]), instruction.operands[1]
-    addresses = block.address(place).reshape(-1, _WARP)[:, : 8 * len(names)]
+    addresses = block.address(place).reshape(-1, WARP)[:, : 8 * len(names)]
     if (addresses % np.uint64(16)).any():
         raise FaultError("a row's address is no multiple of 16")
     steps = 2 * np.arange(8, dtype=np.uint64)
@@ -103,7 +100,7 @@ def _stmatrix(block: Block, instruction: Instruction, active: Active) -> None:
     """Write matrices, as `_ldmatrix` reads them."""
     assert active is None, instruction.text
     names, place = members(instruction.operands[1]), instruction.operands[0]
-    addresses = block.address(place).reshape(-1, _WARP)[:, : 8 * len(names)]
+    addresses = block.address(place).reshape(-1, WARP)[:, : 8 * len(names)]
     if (addresses % np.uint64(16)).any():
         raise FaultError("a row's address is no multiple of 16")
     registers = np.stack([block.register(each) for each in names])

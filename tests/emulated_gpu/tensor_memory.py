@@ -10,18 +10,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from emulated_gpu.memory import FaultError
-from emulated_gpu.numbers import Bits, halves, real, rounded
+from emulated_gpu.numbers import WARP, Active, Bits, halves, real, rounded
 from emulated_gpu.ptx import Instruction, members
 from emulated_gpu.tensor_cores import described
 
 if TYPE_CHECKING:
     from emulated_gpu.machine import Block
 
-Active = NDArray[np.bool_] | None
-_WARP = 32
 _ROWS = 64
 
 
@@ -30,8 +27,8 @@ def _places(block: Block, instruction: Instruction, address: str, count: int) ->
     base = block.address(address)
     shape = instruction.opcode[4]
     thread = np.arange(block.threads)
-    own, place = (thread % _WARP)[:, None], np.arange(count)[None, :]
-    if len({*base.reshape(-1, _WARP)[:, 1:].ravel()} - {*base[::_WARP]}):
+    own, place = (thread % WARP)[:, None], np.arange(count)[None, :]
+    if len({*base.reshape(-1, WARP)[:, 1:].ravel()} - {*base[::WARP]}):
         raise FaultError("an address differs within a warp")
     if shape == "32x32b":
         lane, column = own + 0 * place, place + 0 * own
@@ -44,7 +41,7 @@ def _places(block: Block, instruction: Instruction, address: str, count: int) ->
         assert shape == "16x256b", instruction.text
         lane, column = own // 4 + place // 2 % 2 * 8, own % 4 * 2 + place % 2 + place // 4 * 8
     lane = lane + (base >> np.uint64(16)).astype(int)[:, None]
-    if (lane // _WARP != (thread // _WARP % 4)[:, None]).any():
+    if (lane // WARP != (thread // WARP % 4)[:, None]).any():
         raise FaultError("a lane of another warp")
     return lane, column + (base & np.uint64(0xFFFF)).astype(int)[:, None]
 
@@ -95,7 +92,7 @@ def _rows(block: Block, address: str, thread: int, columns: int) -> tuple[Bits, 
     if first not in (0, 16):  # either half of each warp's lanes
         raise FaultError(f"a matrix of {_ROWS} rows begins in lane {first}")
     row = np.arange(_ROWS)
-    return (first + row // 16 * _WARP + row % 16)[:, None], column + np.arange(columns)[None, :]
+    return (first + row // 16 * WARP + row % 16)[:, None], column + np.arange(columns)[None, :]
 
 
 def _tcgen05(block: Block, instruction: Instruction, active: Active) -> None:

@@ -9,13 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulated_gpu.memory import FaultError
-from emulated_gpu.numbers import UNSIGNED, bits_of, whole
+from emulated_gpu.numbers import UNSIGNED, Active, bits_of, whole
 from emulated_gpu.ptx import Instruction, members
 
 if TYPE_CHECKING:
     from emulated_gpu.machine import Block
-
-Active = NDArray[np.bool_] | None
 
 
 def _form(instruction: Instruction) -> tuple[int, int]:
