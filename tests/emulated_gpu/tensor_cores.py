@@ -79,43 +79,44 @@ def _mma(block: Block, instruction: Instruction, active: Active) -> None:
     _put_sums(block, members(target), sums, to)
 
 
-def _ldmatrix(block: Block, instruction: Instruction, active: Active) -> None:
-    """Read matrices of 8 rows of 16 bytes; lane 8 m + r has the address of row r of matrix m."""
-    assert active is None, instruction.text
+def _halves_of_rows(
+    block: Block, instruction: Instruction, place: str, count: int
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the address of each number of 16 bits of matrices of 8 rows, and whose warp's it is.
+
+    Lane 8 m + r has the address of row r of matrix m: 16 bytes.
+    """
     assert {"m8n8", "b16"} <= {*instruction.opcode}, instruction.text
-    names, place = members(instruction.operands[0]), instruction.operands[1]
-    addresses = block.address(place).reshape(-1, WARP)[:, : 8 * len(names)]
+    addresses = block.address(place).reshape(-1, WARP)[:, : 8 * count]
     if (addresses % np.uint64(16)).any():
         raise FaultError("a row's address is no multiple of 16")
-    steps = 2 * np.arange(8, dtype=np.uint64)
-    rows = block.shared.get((addresses[..., None] + steps).ravel(), 2, _warps(addresses, 8))
-    matrices = rows.reshape(-1, len(names), 8, 8)
+    each = addresses[..., None] + 2 * np.arange(8, dtype=np.uint64)
+    return each.ravel(), np.repeat(np.arange(len(each)), each[0].size)
+
+
+def _ldmatrix(block: Block, instruction: Instruction, active: Active) -> None:
+    """Read matrices: lane 4 r + p gets the p-th pair of row r, or of column r."""
+    assert active is None, instruction.text
+    names = members(instruction.operands[0])
+    places, warps = _halves_of_rows(block, instruction, instruction.operands[1], len(names))
+    matrices = block.shared.get(places, 2, warps).reshape(-1, len(names), 8, 8)
     if "trans" in instruction.opcode:
         matrices = matrices.swapaxes(2, 3)
-    pairs = joined(matrices.reshape(-1, len(names), 8, 4, 2))  # lane 4 row + pair
+    pairs = joined(matrices.reshape(-1, len(names), 8, 4, 2))
     block.put_all(names, [*pairs.transpose(1, 0, 2, 3).reshape(len(names), -1)])
 
 
 def _stmatrix(block: Block, instruction: Instruction, active: Active) -> None:
     """Write matrices, as `_ldmatrix` reads them."""
     assert active is None, instruction.text
-    names, place = members(instruction.operands[1]), instruction.operands[0]
-    addresses = block.address(place).reshape(-1, WARP)[:, : 8 * len(names)]
-    if (addresses % np.uint64(16)).any():
-        raise FaultError("a row's address is no multiple of 16")
+    names = members(instruction.operands[1])
+    places, warps = _halves_of_rows(block, instruction, instruction.operands[0], len(names))
     registers = np.stack([block.register(each) for each in names])
     matrices = halves(registers.reshape(len(names), -1, 8, 4)).reshape(len(names), -1, 8, 8)
     matrices = matrices.transpose(1, 0, 2, 3)
     if "trans" in instruction.opcode:
         matrices = matrices.swapaxes(2, 3)
-    steps = 2 * np.arange(8, dtype=np.uint64)
-    places, warps = (addresses[..., None] + steps).ravel(), _warps(addresses, 8)
     block.shared.set(places, matrices.ravel(), warps)
-
-
-def _warps(addresses: NDArray[np.uint64], each: int) -> NDArray[np.int64]:
-    """Return the warp of each number, of so many at each of a warp's addresses."""
-    return np.repeat(np.arange(len(addresses)), addresses.shape[1] * each)
 
 
 _SPANS = {0: 16, 1: 128, 2: 64, 3: 32}
